@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -225,10 +225,10 @@ class TokenBatch:
 
 
 class Ratio(NamedTuple):
-    """A metric that adds up: sum total and count over micro-batches and ranks, then divide."""
+    """A metric that adds up: sum both over micro-batches and ranks, then divide."""
 
-    total: Tensor
-    count: Tensor
+    numerator: Tensor
+    denominator: Tensor
 
 
 class ObjectiveOutput(NamedTuple):
@@ -257,7 +257,10 @@ class Objective(ABC):
         """Sum the loss over the rows at hand, by the plan's weights."""
 
 
-def _rows(batch: Any, index: Tensor | slice) -> Any:
+_Batch = TypeVar("_Batch", "Rollouts", "TokenPlan")
+
+
+def _rows(batch: _Batch, index: Tensor | slice) -> _Batch:
     def pick(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: pick(item) for key, item in value.items()}
