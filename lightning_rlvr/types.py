@@ -85,7 +85,10 @@ class Teacher(ABC):
 
 
 class Reward(ABC):
-    """A verifier with a score: judges responses and says which answers mean the same."""
+    """A verifier with a score: judges responses and says which answers mean the same.
+
+    `repr` shows all settings that decide verdicts: scores of questions are cached by it.
+    """
 
     def check(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027 - most verifiers accept any prompt
         """Raise UserError if a prompt cannot be judged (an unparsable gold answer, say)."""
@@ -185,8 +188,12 @@ class TokenStats:
 
         The order is by row_id, then position. It is the same tokens in the same order whatever the order
         of rows and the width of the padding, so sums round and ties break the same way.
+
+        Raises: ValueError if two rows have the same id.
         """
         by_id = torch.argsort(self.row_id)
+        if (self.row_id[by_id].diff() == 0).any():
+            raise ValueError("row_id must name each row once: equal ids leave the order of tokens open")
         row, position = self.mask[by_id].nonzero(as_tuple=True)
         return by_id[row] * self.mask.shape[1] + position
 

@@ -1,0 +1,7 @@
+"""Policies: where they come from, how a question becomes a prompt, and the training pass."""
+
+from lightning_rlvr.models.chat import PromptFormat
+from lightning_rlvr.models.embedded import Embedded
+from lightning_rlvr.models.source import Policy, PolicySource
+
+__all__ = ["Embedded", "Policy", "PolicySource", "PromptFormat"]

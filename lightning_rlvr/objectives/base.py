@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -46,6 +47,8 @@ class ClippedObjective(Objective):
     scale_by_std: bool = True
 
     def __post_init__(self) -> None:
+        check_choice(self.kl_estimator, "kl_estimator", KLEstimator)
+        check_choice(self.aggregation, "aggregation", Aggregation)
         check(
             0 < self.clip_low < 1,
             "clip_low",
@@ -60,12 +63,13 @@ class ClippedObjective(Objective):
             "positive",
             "the upper bound of the ratio is 1 + clip_high",
         )
+        fixed = self.aggregation == "fixed_length"
         check(
-            (self.aggregation == "fixed_length") == (self.fixed_length is not None),
+            (self.fixed_length or 0) >= 1 if fixed else self.fixed_length is None,
             "fixed_length",
             self.fixed_length,
-            "given with aggregation fixed_length, and only then",
-            "it is the number of tokens that aggregation divides by",
+            "a positive number of tokens with aggregation fixed_length, and not given without it",
+            "token losses are divided by it",
         )
 
     def base_plan(self, stats: TokenStats, kl_weight: Tensor, classes: dict[str, Tensor]) -> TokenPlan:
@@ -74,7 +78,7 @@ class ClippedObjective(Objective):
         return TokenPlan(
             advantage=stats.token_advantage().masked_fill(~stats.mask, 0.0),
             weight=token_weights(stats.mask, stats.update, self.aggregation, self.fixed_length).to(dtype),
-            kl_weight=kl_weight.to(dtype),
+            kl_weight=fill(kl_weight.to(dtype), stats.mask),
             policy_mask=stats.mask,
             classes=classes,
         )
@@ -95,7 +99,9 @@ class ClippedObjective(Objective):
         if tokens.ref_logp is None:
             raise ValueError("this objective has a KL penalty: it needs ref_logp, the reference's log-probabilities")
         ref_logp = fill(tokens.ref_logp, tokens.mask)
-        penalty = KL_ESTIMATORS[self.kl_estimator](logp, ref_logp) * plan.kl_weight * plan.weight
+        # A token without a KL weight adds nothing, also where its estimate would overflow.
+        held = torch.where(plan.kl_weight == 0, logp.detach(), ref_logp)
+        penalty = KL_ESTIMATORS[self.kl_estimator](logp, held) * plan.kl_weight * plan.weight
         value = kl_k3(logp.detach(), ref_logp)
         metrics["kl/all"] = masked_ratio(value, tokens.mask)
         metrics |= {f"kl/{name}": masked_ratio(value, chosen) for name, chosen in plan.classes.items()}
@@ -107,6 +113,11 @@ def check(ok: bool, key: str, value: object, rule: str, meaning: str) -> None:
     """Raise UserError unless `ok`: the constraint, the value, what it means, the key to change."""
     if not ok:
         raise UserError(f"{key} must be {rule}, got {value}: {meaning}. Set model.objective.init_args.{key}.")
+
+
+def check_choice(value: str, key: str, choices: object) -> None:
+    """Raise UserError unless `value` is one of the choices of a Literal type."""
+    check(value in get_args(choices), key, value, f"one of {', '.join(get_args(choices))}", "no other is known")
 
 
 def fill(values: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N T"]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from lightning_rlvr.objectives.base import ClippedObjective, check
 from lightning_rlvr.types import TokenPlan, TokenStats
 
@@ -40,4 +42,4 @@ class GRPO(ClippedObjective):
 
     def plan(self, stats: TokenStats) -> TokenPlan:
         """Give every counted token its row's advantage and the same KL weight."""
-        return self.base_plan(stats, stats.mask * self.kl_coef, {})
+        return self.base_plan(stats, torch.full_like(stats.logp, self.kl_coef), {})

@@ -8,10 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_rlvr.objectives.base import ClippedObjective, check
+from lightning_rlvr.objectives.base import ClippedObjective, check, check_choice
 from lightning_rlvr.ops.covariance import token_covariance
 from lightning_rlvr.ops.selection import highest, lowest, share_count
 from lightning_rlvr.types import TokenPlan, TokenStats
+
+CovarianceScope = Literal["all", "low_entropy"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class SENT(ClippedObjective):
     rollout batch T_low holds the share `low_entropy_quantile` of tokens with the lowest entropy, and T_high
     the share `high_cov_fraction` of T_low with the highest covariance
     Cov_t = (log pi(o_t) - mean log pi) (A_t - mean A). Shares are exact counts, rounded up; ties go by row id
-    and position.
+    and position. The class `low` of the metrics is the whole of T_low, `high` included.
 
     Args:
         low_entropy_quantile: share of all counted tokens that make up T_low, in [0, 1].
@@ -42,10 +44,11 @@ class SENT(ClippedObjective):
     high_cov_fraction: float = 0.0002
     beta_low: float = 0.05
     beta_high: float = 0.2
-    covariance_scope: Literal["all", "low_entropy"] = "all"
+    covariance_scope: CovarianceScope = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice(self.covariance_scope, "covariance_scope", CovarianceScope)
         for key in ("low_entropy_quantile", "high_cov_fraction"):
             value = getattr(self, key)
             check(0 <= value <= 1, key, value, "in [0, 1]", "it is a share of tokens")
@@ -71,12 +74,10 @@ class SENT(ClippedObjective):
         advantage = stats.token_advantage().flatten()[counted]
 
         low = lowest(entropy, share_count(self.low_entropy_quantile, len(entropy)))
-        if self.covariance_scope == "all":
-            covariance = token_covariance(logp[low], advantage[low], logp, advantage)
-        else:
-            covariance = token_covariance(logp[low], advantage[low])
+        scope = low if self.covariance_scope == "low_entropy" else None
+        covariance = token_covariance(logp, advantage, scope)
         high = torch.zeros_like(low)
-        high[low] = highest(covariance, share_count(self.high_cov_fraction, len(covariance)))
+        high[low] = highest(covariance[low], share_count(self.high_cov_fraction, int(low.sum())))
 
         def spread(values: Tensor) -> Tensor:
             flat = values.new_zeros(stats.mask.numel())
@@ -84,5 +85,6 @@ class SENT(ClippedObjective):
             return flat.view(stats.mask.shape)
 
         classes = {"low": spread(low), "high": spread(high)}
-        kl_weight = (classes["low"] & ~classes["high"]) * self.beta_low + classes["high"] * self.beta_high
+        beta = stats.logp.new_tensor([0.0, self.beta_low, self.beta_high])
+        kl_weight = beta[classes["low"].long() + classes["high"].long()]
         return self.base_plan(stats, kl_weight, classes)

@@ -10,7 +10,7 @@ def group_advantages(rewards: Float[Tensor, "B G"], scale_by_std: bool, eps: flo
     """Return A = R - mean(R) within each group, divided by std(R) + eps if `scale_by_std`.
 
     A group whose rewards are all equal has exactly 0 advantage for all, with or without scaling. The standard
-    deviation is the population's (divided by G), so that rewards (1, 0) give advantages of about (1, -1).
+    deviation is the sample's (divided by G - 1), as the public trainers compute it; the paper does not say.
 
     Raises: ValueError if G is 1: a lone response has no group to be better than.
     Source: GRPO, arXiv 2402.03300, section 4.1; without scaling Dr.GRPO, arXiv 2503.20783.
@@ -28,4 +28,4 @@ def group_advantages(rewards: Float[Tensor, "B G"], scale_by_std: bool, eps: flo
     centred = centred.masked_fill(tied, 0.0)
     if not scale_by_std:
         return centred
-    return centred / (centred.square().mean(dim=1, keepdim=True).sqrt() + eps)
+    return centred / (centred.square().sum(dim=1, keepdim=True).div(rewards.shape[1] - 1).sqrt() + eps)

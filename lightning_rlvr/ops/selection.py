@@ -19,7 +19,9 @@ def share_count(fraction: float, total: int) -> int:
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"a share of tokens must lie in [0, 1], got {fraction}")
-    return min(total, math.ceil(round(fraction * total, 6)))  # rounded first: 0.07 * 100 is 7.000000000000001
+    if fraction == 0 or total == 0:
+        return 0
+    return min(total, max(1, math.ceil(round(fraction * total, 6))))  # 0.07 * 100 is 7.000000000000001
 
 
 def lowest(values: Float[Tensor, " K"], count: int) -> Bool[Tensor, " K"]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -24,9 +26,14 @@ def clipped_surrogate(
 ) -> Surrogate:
     """Return -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) for each token, with r = exp(logp - old_logp).
 
+    A clipped token, and one without advantage, has gradient 0 also where r overflows.
+
     Source: PPO, arXiv 1707.06347; unequal bounds from DAPO, arXiv 2503.14476.
     """
-    ratio = (logp - old_logp).exp()
-    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
-    unbounded_gain, bounded_gain = ratio * advantage, bounded * advantage
-    return Surrogate(-unbounded_gain.minimum(bounded_gain), (bounded_gain < unbounded_gain).detach())
+    log_ratio = logp - old_logp
+    above = (advantage > 0) & (log_ratio > math.log1p(clip_high))
+    below = (advantage < 0) & (log_ratio < math.log1p(-clip_low))
+    clipped = (above | below).detach()
+    ratio = log_ratio.masked_fill(clipped | (advantage == 0), 0.0).exp()
+    bound = torch.full_like(ratio, 1 - clip_low).masked_fill(above, 1 + clip_high)
+    return Surrogate(-torch.where(clipped, bound, ratio) * advantage, clipped)

@@ -1,0 +1,9 @@
+"""Verifiers: what a response is worth. Importing this loads neither math-verify nor reasoning_gym."""
+
+from lightning_rlvr.rewards.exact import ExactMatch
+from lightning_rlvr.rewards.format import FormatMatch
+from lightning_rlvr.rewards.math import MathAnswer
+from lightning_rlvr.rewards.reasoning_gym import ReasoningGymScore
+from lightning_rlvr.rewards.weighted import Part, WeightedSum
+
+__all__ = ["ExactMatch", "FormatMatch", "MathAnswer", "Part", "ReasoningGymScore", "WeightedSum"]

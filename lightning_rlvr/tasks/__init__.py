@@ -1,0 +1,8 @@
+"""Where questions come from."""
+
+from lightning_rlvr.tasks.files import Files
+from lightning_rlvr.tasks.hub import HubDataset
+from lightning_rlvr.tasks.reasoning_gym import ReasoningGym
+from lightning_rlvr.tasks.worked import WorkedChainSum
+
+__all__ = ["Files", "HubDataset", "ReasoningGym", "WorkedChainSum"]

@@ -1,0 +1,9 @@
+"""Callbacks: one concern each."""
+
+from lightning_rlvr.training.callbacks.evaluate_ends import EvaluateEnds
+from lightning_rlvr.training.callbacks.export import ExportPolicy
+from lightning_rlvr.training.callbacks.predictions import PredictionWriter
+from lightning_rlvr.training.callbacks.sample_table import SampleTable
+from lightning_rlvr.training.callbacks.summary import RunSummary
+
+__all__ = ["EvaluateEnds", "ExportPolicy", "PredictionWriter", "RunSummary", "SampleTable"]

@@ -1,0 +1,112 @@
+"""The command line: fit, validate, test, predict and score, each from a config."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lightning_rlvr.training import RLVRDataModule, RLVRModule, Trainer
+from lightning_rlvr.training.callbacks import (
+    EvaluateEnds,
+    ExportPolicy,
+    PredictionWriter,
+    RunSummary,
+    SampleTable,
+)
+from lightning_rlvr.types import UserError
+
+
+class RLVRCLI(LightningCLI):
+    """LightningCLI whose runs each have a folder of their own, with everything that they leave behind."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        super().__init__(
+            RLVRModule,
+            RLVRDataModule,
+            trainer_class=Trainer,
+            trainer_defaults={
+                "use_distributed_sampler": False,  # the curriculum shares questions out itself
+                "num_sanity_val_steps": 0,  # a whole validation precedes the first update
+                "log_every_n_steps": 1,
+            },
+            seed_everything_default=1,
+            parser_kwargs={"parser_mode": "omegaconf+"},  # resolves ${...} after overrides, not before
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Add `score` to what Lightning has."""
+        return {**LightningCLI.subcommands(), "score": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run's folder and the callbacks that every run has."""
+        parser.add_argument(
+            "--run_dir",
+            default="runs/default",
+            help="Folder for all that the run leaves behind. If it is not empty, -2, -3, ... is added to its name.",
+        )
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.every_n_train_steps": 10})
+        parser.set_defaults({"checkpoint.save_on_exception": True})
+        parser.add_lightning_class_args(SampleTable, "samples")
+
+    def before_instantiate_classes(self) -> None:
+        """Claim the run's folder, and point the loggers there unless others are configured."""
+        config = self.config[self.subcommand]
+        config.run_dir = str(free_folder(Path(config.run_dir).expanduser()))
+        trainer = config.trainer
+        trainer.default_root_dir = config.run_dir
+        if trainer.logger in (None, True):
+            loggers = ["TensorBoardLogger", "CSVLogger"] if self.subcommand != "score" else []
+            trainer.logger = [_logger(name, config.run_dir) for name in loggers] or False
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> lightning.Trainer:
+        callbacks = [*callbacks, EvaluateEnds(), ExportPolicy(), RunSummary(), PredictionWriter()]
+        return super()._instantiate_trainer(config, callbacks)
+
+
+def _logger(name: str, folder: str) -> Namespace:
+    init_args = Namespace(save_dir=folder, name="", version="")
+    if name == "CSVLogger":
+        init_args.flush_logs_every_n_steps = 1  # an interrupted run keeps its metrics
+    return Namespace(class_path=f"lightning.pytorch.loggers.{name}", init_args=init_args)
+
+
+def free_folder(wanted: Path) -> Path:
+    """Return the folder, or the first of wanted-2, wanted-3, ... that does not exist or is empty.
+
+    Raises: UserError if `wanted` is a file or cannot be created.
+    """
+    folder, number = wanted, 1
+    try:
+        while folder.exists() and any(folder.iterdir()):
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot use {folder} as the run's folder: {error}. Set run_dir.") from error
+    return folder
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a subcommand; what the user can put right ends in one message and exit status 2."""
+    for harmless in (
+        r"Found \d+ module\(s\) in eval mode",  # on purpose: dropout would make the policy's ratio random
+        r"The '\w+' does not have many workers",  # questions are already in memory
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=harmless)
+    try:
+        RLVRCLI(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)

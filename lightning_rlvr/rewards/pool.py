@@ -1,0 +1,260 @@
+"""A pool of killable worker processes with a time limit for every item.
+
+Verifiers such as math-verify can be driven into computations that hold the GIL for minutes, so they run in
+processes that are killed from outside. Workers are started by subprocess from a script with light imports:
+they inherit neither the parent's threads nor its descriptors nor its environment. POSIX only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import select
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_rlvr.rewards import _worker
+from lightning_rlvr.types import UserError
+
+CHUNK_ITEMS = 16
+CHUNK_BYTES = 32 * 1024  # below the size of a pipe's buffer: handing out a chunk does not block
+START_S = 60.0  # a worker that cannot import its judge in that time is reported, not waited for
+PASSED_ON = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")  # what Python itself may need to start
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one item: its value, or else that time ran out, or else an error in words."""
+
+    value: Any = None
+    timed_out: bool = False
+    error: str | None = None
+
+
+class _Worker:
+    """One worker process, the items it was handed, and when it must have answered."""
+
+    def __init__(self, setup: dict[str, Any]) -> None:
+        environment = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
+        environment |= {key: os.environ[key] for key in PASSED_ON if key in os.environ}
+        self.process = subprocess.Popen(
+            [sys.executable, "-s", _worker.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            env=environment,
+            start_new_session=True,  # Ctrl-C in the terminal does not reach it
+        )
+        self.owner = os.getpid()
+        self.timeout_s: float = setup["timeout_s"]
+        self.ready = False
+        self.taken = False  # whether it has begun to read the chunk: until then no item is to blame
+        self.pending: deque[int] = deque()
+        self.deadline = time.monotonic() + START_S
+        self._buffer = bytearray()
+        self._send(_worker.pack(setup))
+
+    def hand(self, indices: Sequence[int], items: Sequence[str]) -> None:
+        """Send a chunk of items (JSON texts). That a worker died before is noticed when its output ends."""
+        self.pending.extend(indices)
+        data = f"[{','.join(items)}]".encode("ascii")
+        if self.ready:
+            self.deadline = time.monotonic() + self.timeout_s
+        self.taken = False
+        self._send(struct.pack(">I", len(data)) + data)
+
+    def read(self) -> list[Any] | None:
+        """Return the messages that have come, None at the end of the worker's output."""
+        assert self.process.stdout is not None
+        data = os.read(self.process.stdout.fileno(), 1 << 16)
+        if not data:
+            return None
+        self._buffer += data
+        self.deadline = time.monotonic() + (self.timeout_s if self.ready else START_S)
+        return _worker.unpack(self._buffer)
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait on."""
+        assert self.process.stdout is not None
+        return self.process.stdout.fileno()
+
+    def stop(self) -> None:
+        """Kill and reap the process; in a forked child, only let go of it."""
+        if os.getpid() == self.owner:
+            self.process.kill()
+            self.process.wait()
+        else:
+            self.process.poll()  # not our child: marks it as done with
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def _send(self, data: bytes) -> None:
+        assert self.process.stdin is not None
+        try:
+            while data:
+                data = data[os.write(self.process.stdin.fileno(), data) :]
+        except BrokenPipeError:
+            return  # read() meets the end of its output
+
+
+def _stop_all(workers: list[_Worker]) -> None:
+    while workers:
+        workers.pop().stop()
+
+
+class WorkerPool:
+    """Maps items to results in worker processes, in the order of the items.
+
+    `file` and `function` name the judge: a function of one JSON value that returns one, in a file that is
+    loaded by its path (without the package around it). An item that takes more than `timeout_s` seconds of
+    wall time is given up and its worker killed and replaced; the other items of its chunk are done anew.
+    `memory_mb` bounds a worker's address space in MiB, on Linux. Workers start at the first call, and again
+    after `close`. Calls from several threads take turns. Raises UserError if a worker cannot start.
+    """
+
+    def __init__(self, file: str | Path, function: str, workers: int, timeout_s: float, memory_mb: int) -> None:
+        for ok, key, value, rule in (
+            (workers >= 1, "workers", workers, "at least 1 process"),
+            (0 < timeout_s < math.inf, "timeout_s", timeout_s, "a finite number of seconds above 0"),
+            (memory_mb >= 128, "memory_mb", memory_mb, "at least 128 MiB: Python and sympy need as much"),
+        ):
+            if not ok:
+                raise UserError(f"{key} must be {rule}, got {value}. Set reward.init_args.{key}.")
+        self._arguments = (str(file), function, workers, timeout_s, memory_mb)
+        self._count = workers
+        self._setup = {
+            "file": os.path.abspath(file),
+            "function": function,
+            "timeout_s": timeout_s,
+            "memory_mb": memory_mb,
+            "path": [os.path.abspath(entry) for entry in sys.path],
+        }
+        self._lock = threading.Lock()
+        self._workers: list[_Worker] = []
+        weakref.finalize(self, _stop_all, self._workers)  # also runs when the interpreter exits
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy as a fresh pool: processes cannot be shared."""
+        return type(self), self._arguments
+
+    def map(self, items: Sequence[Any]) -> list[Outcome]:
+        """Judge JSON values. An interrupt or error on our side kills the workers before it goes on."""
+        with self._lock:
+            if any(worker.owner != os.getpid() for worker in self._workers):
+                _stop_all(self._workers)  # we are a fork: they are the parent's
+            try:
+                return _Job(self._workers, self._setup, self._count, items).run()
+            except BaseException:
+                _stop_all(self._workers)
+                raise
+
+    def close(self) -> None:
+        """Kill and reap all workers. May be called twice; the next `map` starts new ones."""
+        with self._lock:
+            _stop_all(self._workers)
+
+    def pids(self) -> list[int]:
+        """Return the process ids of the workers alive now."""
+        return [worker.process.pid for worker in self._workers]
+
+
+class _Job:
+    """One call of `map`: the queue of item indices, and what has been found."""
+
+    def __init__(self, workers: list[_Worker], setup: dict[str, Any], count: int, items: Sequence[Any]) -> None:
+        self.workers, self.setup = workers, setup
+        self.items = [json.dumps(item) for item in items]
+        self.queue = deque(range(len(items)))
+        self.found: dict[int, Outcome] = {}
+        self.chunk = max(1, min(CHUNK_ITEMS, math.ceil(len(items) / count)))
+        self.count = min(count, math.ceil(len(items) / self.chunk))
+
+    def run(self) -> list[Outcome]:
+        """Hand out, collect and replace until every item has its outcome."""
+        while len(self.found) < len(self.items):
+            self._hand_out()
+            busy = [worker for worker in self.workers if worker.pending]
+            wait = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
+            answered = _readable(busy, wait)
+            for worker in answered:
+                self._collect(worker)
+            for worker in busy:
+                overdue = worker.pending and worker.deadline <= time.monotonic()
+                if overdue and worker not in answered and not _readable([worker], 0):
+                    self._give_up(worker, Outcome(timed_out=True))
+        return [self.found[index] for index in range(len(self.items))]
+
+    def _hand_out(self) -> None:
+        for worker in [w for w in self.workers if not w.pending and w.process.poll() is not None]:
+            self._retire(worker)  # died while idle: no item's fault
+        while self.queue:
+            idle = next((worker for worker in self.workers if not worker.pending), None)
+            if idle is None and len(self.workers) >= self.count:
+                return
+            if idle is None:
+                idle = _Worker(self.setup)
+                self.workers.append(idle)
+            indices, size = [self.queue.popleft()], 0
+            while self.queue and len(indices) < self.chunk:
+                size += len(self.items[indices[-1]])
+                if size + len(self.items[self.queue[0]]) > CHUNK_BYTES:
+                    break
+                indices.append(self.queue.popleft())
+            idle.hand(indices, [self.items[index] for index in indices])
+
+    def _collect(self, worker: _Worker) -> None:
+        messages = worker.read()
+        if messages is None:
+            code = worker.process.wait()
+            self._give_up(worker, Outcome(error=f"the worker died with exit status {code}"))
+            return
+        for message in messages:
+            if "failed" in message:
+                raise UserError(f"a verifier process cannot start: {message['failed']}. Is its package installed?")
+            if "ready" in message:
+                worker.ready = True
+                worker.deadline = time.monotonic() + worker.timeout_s
+            if "ready" in message or "taken" in message:
+                worker.taken = worker.ready and "taken" in message
+                continue
+            self.found[worker.pending.popleft()] = Outcome(message.get("value"), error=message.get("error"))
+            if message["last"]:
+                self._retire(worker)
+
+    def _give_up(self, worker: _Worker, outcome: Outcome) -> None:
+        if not worker.ready:
+            why = f"none within {START_S:g} s" if outcome.timed_out else outcome.error
+            raise UserError(
+                f"a verifier process must report that it is ready, got: {why}. It may lack memory to import "
+                f"its package: raise reward.init_args.memory_mb, now {self.setup['memory_mb']}."
+            )
+        if worker.taken:
+            self.found[worker.pending.popleft()] = outcome
+        self._retire(worker)
+
+    def _retire(self, worker: _Worker) -> None:
+        self.workers.remove(worker)
+        worker.stop()
+        self.queue.extendleft(reversed(worker.pending))
+        worker.pending.clear()
+
+
+def _readable(workers: Sequence[_Worker], wait_s: float) -> list[_Worker]:
+    """Return the workers whose output can be read, after at most `wait_s` seconds."""
+    poll = select.poll()
+    for worker in workers:
+        poll.register(worker, select.POLLIN)
+    ready = {descriptor for descriptor, _ in poll.poll(math.ceil(wait_s * 1000))}
+    return [worker for worker in workers if worker.fileno() in ready]

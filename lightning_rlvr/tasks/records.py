@@ -1,0 +1,186 @@
+"""Questions from rows with named columns: what local files and Hugging Face data sets share."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_rlvr.tasks.prompts import drop_repeats
+from lightning_rlvr.tasks.template import Template
+from lightning_rlvr.types import Prompt, Task, UserError
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records(Task):
+    """Rows with a question column and an answer column. Rows count from 0 in the whole source.
+
+    Args:
+        question_column: column of the question. A path reaches into nested columns: "prompt.0.content".
+        answer_column: column of the gold answer, or a path: "reward_model.ground_truth".
+        answer_pattern: regular expression; group 1 of its last match in the answer column is the gold
+            answer. "#### (.+)$" suits GSM8K. Empty takes the whole column.
+        prompt_template: text with {question} (the question column) and any other column, by name.
+        rows: [start, stop] keeps the rows start <= row < stop; stop may be null for "to the end".
+        uid_column: column that names each row; empty for the source's name and the row.
+        unique: drop rows whose prompt text occurred before.
+
+    Each prompt's metadata is its row.
+
+    Texts are `str`, never `str | None`: jsonargparse reads a value of the latter as YAML, where
+    "#### (.+)$" is a comment and would arrive as None.
+    """
+
+    question_column: str = "question"
+    answer_column: str = "answer"
+    answer_pattern: str = ""
+    prompt_template: str = "{question}"
+    rows: tuple[int, int | None] | None = None
+    uid_column: str = ""
+    unique: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("answer_pattern", "uid_column"):
+            if getattr(self, key) is None:
+                raise UserError(
+                    f"{key} must be text, got null: what starts with # is a YAML comment, also on the command "
+                    f"line. Write the first # of the task's {key} as [#], or leave {key} out."
+                )
+        Template.parse(self.prompt_template)
+        if self.answer_pattern:
+            _compile(self.answer_pattern)
+        start, stop = self.rows or (0, None)
+        if start < 0 or (stop is not None and stop <= start):
+            raise UserError(
+                f"rows must be [start, stop] with 0 <= start < stop, got {list(self.rows or ())}: it keeps "
+                "the rows start <= row < stop. Set the task's rows."
+            )
+
+    @abstractmethod
+    def source(self) -> tuple[str, str]:
+        """Return how messages call the source and how uids do."""
+
+    @abstractmethod
+    def read(self) -> Sequence[Record]:
+        """Return all rows in order. Raises UserError that names the key to change."""
+
+    def load(self) -> list[Prompt]:
+        """Return the rows as prompts.
+
+        Raises: UserError if the source cannot be read, holds no rows or too few for `rows`, lacks a column,
+        or if a row has no question, no answer, an answer unlike `answer_pattern`, or the uid of another.
+        """
+        records = self.read()
+        prompts = [self._prompt(row, records[row]) for row in self._range(len(records))]
+        self._check_uids(prompts)
+        return drop_repeats(prompts) if self.unique else prompts
+
+    def _range(self, count: int) -> range:
+        where, _ = self.source()
+        if count == 0:
+            raise UserError(f"{where} must hold at least one row, got none. Set the task's source.")
+        start, stop = self.rows or (0, None)
+        if start >= count or (stop or 0) > count:
+            raise UserError(
+                f"rows must lie within {where}, got [{start}, {stop}]: it has {count} rows. Set the task's rows."
+            )
+        return range(start, count if stop is None else stop)
+
+    def _prompt(self, row: int, record: Record) -> Prompt:
+        where, stem = self.source()
+        at = f"row {row} of {where}"
+        question = _text(record, self.question_column, "question_column", at)
+        values = {**record, "question": question}
+        template = Template.parse(self.prompt_template)
+        for name in template.names:
+            if values.get(name, "") is None:
+                raise UserError(
+                    f"prompt_template must use filled columns, but {name!r} is empty in {at}. "
+                    "Change the task's prompt_template or rows."
+                )
+        uid = _text(record, self.uid_column, "uid_column", at) if self.uid_column else f"{stem}:{row}"
+        return Prompt(uid=uid, text=template.render(values), answer=self._gold(record, at), metadata=record)
+
+    def _gold(self, record: Record, at: str) -> str:
+        answer = _text(record, self.answer_column, "answer_column", at)
+        if not self.answer_pattern:
+            return answer.strip()
+        golds = [match.group(1) for match in _compile(self.answer_pattern).finditer(answer)]
+        if not golds or not (golds[-1] or "").strip():
+            raise UserError(
+                f"answer_pattern {self.answer_pattern!r} must find an answer in {at}, got {_short(answer)}. "
+                "Set the task's answer_pattern or answer_column."
+            )
+        gold: str = golds[-1]
+        return gold.strip()
+
+    def _check_uids(self, prompts: Sequence[Prompt]) -> None:
+        seen: set[str] = set()
+        for prompt in prompts:
+            if prompt.uid in seen:
+                raise UserError(
+                    f"uid_column {self.uid_column!r} must differ from row to row, got {prompt.uid!r} twice in "
+                    f"{self.source()[0]}: results are stored by uid. Set the task's uid_column, or leave it "
+                    "out to number the rows."
+                )
+            seen.add(prompt.uid)
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UserError(
+            f"answer_pattern must be a regular expression, got {pattern!r}: {error}. Set the task's answer_pattern."
+        ) from error
+    if compiled.groups < 1:
+        raise UserError(
+            f"answer_pattern must hold a group (...), got {pattern!r}: group 1 is the gold answer. "
+            "Set the task's answer_pattern."
+        )
+    return compiled
+
+
+def _text(record: Record, column: str, key: str, at: str) -> str:
+    value = _lookup(record, column, key, at)
+    if isinstance(value, (list, dict)):
+        inner = next(iter(value), "name") if isinstance(value, dict) else 0
+        raise UserError(
+            f"{key} must lead to a text or a number, got a {type(value).__name__} in {column!r} of {at}. "
+            f"Set the task's {key} to a path such as {column + '.' + str(inner)!r}."
+        )
+    text = "" if value is None or value != value else str(value)
+    if not text.strip():
+        raise UserError(f"{key} {column!r} must not be empty, but it is in {at}. Set the task's {key} or rows.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{key} {column!r} must hold valid Unicode, but {at} holds half a surrogate pair: no tokenizer "
+            f"takes it. Repair the row, or set the task's {key} or rows."
+        ) from error
+    return text
+
+
+def _lookup(record: Record, column: str, key: str, at: str) -> Any:
+    """Return a column, or what a dotted path leads to; a column of that very name goes first."""
+    if column in record:
+        return record[column]
+    value: Any = record
+    for step in column.split("."):
+        try:
+            value = value[int(step)] if isinstance(value, list) else value[step]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{key} must name a column, got {column!r}: {at} has {', '.join(map(str, record)) or 'none'}. "
+                f"Set the task's {key}."
+            ) from error
+    return value
+
+
+def _short(text: str, limit: int = 60) -> str:
+    return repr(text if len(text) <= limit else "..." + text[-limit:])

@@ -1,0 +1,244 @@
+"""The LightningDataModule: questions in the order of the curriculum."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+import pandas as pd
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_rlvr.curriculum import Curriculum, CurriculumSampler, Scoring
+from lightning_rlvr.curriculum import score as scores
+from lightning_rlvr.training.module import PromptBatch
+from lightning_rlvr.types import Prompt, Task, UserError
+
+if TYPE_CHECKING:
+    from lightning_rlvr.training.module import RLVRModule
+
+Split = Literal["train", "val", "test"]
+SPLITS_OF: dict[str, tuple[Split, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("test",),
+    "score": ("train",),
+}
+
+
+class RLVRDataModule(LightningDataModule):
+    """Questions for training, ordered by precomputed semantic entropy, and for evaluation.
+
+    Everything that can be wrong with the data is found before any model is trained or loaded.
+
+    Args:
+        train, val, test: sources of questions. Without `test`, test and predict use `val`.
+        group_size: responses sampled to each training question (G).
+        prompts_per_batch: training questions in a rollout batch, over all processes (B).
+        eval_samples: responses sampled to each held-out question.
+        eval_prompts_per_batch: held-out questions sampled at a time; changes memory and speed only.
+        curriculum: the order of training questions.
+        scoring: how training questions are scored, where the order needs it.
+        max_prompt_tokens: the most tokens that a prompt may have.
+        long_prompts: whether a longer prompt is an error or is dropped, counted.
+        cache_dir: where scores are cached; by default $LIGHTNING_RLVR_CACHE or ~/.cache/lightning_rlvr.
+        seed: of sampling for scores, ties and shuffles.
+    """
+
+    def __init__(
+        self,
+        train: Task | None = None,
+        val: Task | None = None,
+        test: Task | None = None,
+        group_size: int = 8,
+        prompts_per_batch: int = 32,
+        eval_samples: int = 8,
+        eval_prompts_per_batch: int = 32,
+        curriculum: Curriculum = Curriculum(),  # noqa: B008 - frozen
+        scoring: Scoring = Scoring(),  # noqa: B008 - frozen
+        max_prompt_tokens: int = 1024,
+        long_prompts: Literal["error", "drop"] = "error",
+        cache_dir: str | None = None,
+        seed: int = 1,
+    ) -> None:
+        super().__init__()
+        if group_size < 2:
+            raise UserError(
+                f"group_size must be at least 2, got {group_size}: an advantage compares a response with the others "
+                "to the same question. Set data.group_size."
+            )
+        for key, value in (
+            ("prompts_per_batch", prompts_per_batch),
+            ("eval_samples", eval_samples),
+            ("eval_prompts_per_batch", eval_prompts_per_batch),
+            ("max_prompt_tokens", max_prompt_tokens),
+        ):
+            if value < 1:
+                raise UserError(f"{key} must be at least 1, got {value}. Set data.{key}.")
+        self.tasks: dict[Split, Task | None] = {"train": train, "val": val, "test": test or val}
+        self.group_size, self.prompts_per_batch = group_size, prompts_per_batch
+        self.eval_samples, self.eval_prompts_per_batch = eval_samples, eval_prompts_per_batch
+        self.curriculum, self.scoring = curriculum, scoring
+        self.max_prompt_tokens, self.long_prompts = max_prompt_tokens, long_prompts
+        self.cache_dir = Path(cache_dir or os.environ.get("LIGHTNING_RLVR_CACHE", "~/.cache/lightning_rlvr"))
+        self.seed = seed
+        self.questions: dict[Split, list[Prompt]] = {}
+
+    # --- questions -------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Find what is wrong with the data before any work is done."""
+        self.load(self._stage(), self._module())
+
+    def setup(self, stage: str) -> None:
+        """Have the questions of the stage at hand on this process."""
+        self.load(self._stage(), self._module())
+
+    def load(self, stage: str, module: RLVRModule) -> None:
+        """Load and check the questions of `fit`, `validate`, `test`, `predict` or `score`.
+
+        Raises: UserError that names the key, if a split is missing or empty, a prompt too long, a gold answer
+            unparsable, or pass@k asks for more samples than there are.
+        """
+        for split in SPLITS_OF[stage]:
+            if split not in self.questions and not (stage == "fit" and split == "val" and self.tasks["val"] is None):
+                self.questions[split] = self._load_split(split, module)
+        if stage in ("fit", "validate", "test") and max(module.pass_at, default=1) > self.eval_samples:
+            raise UserError(
+                f"pass@k needs at least k samples a question, got k={max(module.pass_at)} and {self.eval_samples} "
+                "samples. Set data.eval_samples or model.pass_at."
+            )
+        if stage == "fit":
+            shared = {p.text for p in self.questions["train"]} & {p.text for p in self.questions.get("val", [])}
+            if shared:
+                rank_zero_warn(f"{len(shared)} held-out questions are also training questions: {min(shared)!r}, ...")
+
+    def _load_split(self, split: Split, module: RLVRModule) -> list[Prompt]:
+        task = self.tasks[split]
+        if task is None:
+            raise UserError(f"there are no {split} questions. Set data.{split}.")
+        prompts = task.load()
+        if not prompts:
+            raise UserError(f"data.{split} has no questions: nothing could be sampled. Set data.{split}.")
+        module.reward.check(prompts)
+        tokenizer = module.policy_source.tokenizer()
+        lengths = [len(module.prompt_format.encode(tokenizer, prompt.text)) for prompt in prompts]
+        long = [i for i, length in enumerate(lengths) if length > self.max_prompt_tokens]
+        if long and self.long_prompts == "error":
+            raise UserError(
+                f"prompts of data.{split} must have at most {self.max_prompt_tokens} tokens, but "
+                f"{prompts[long[0]].uid} has {lengths[long[0]]} ({len(long)} of {len(prompts)} are too long). "
+                "Set data.max_prompt_tokens, or data.long_prompts to drop."
+            )
+        if long:
+            rank_zero_info(f"data.{split}: dropped {len(long)} of {len(prompts)} prompts as too long")
+            prompts = [prompt for i, prompt in enumerate(prompts) if i not in set(long)]
+            if not prompts:
+                raise UserError(
+                    f"all prompts of data.{split} have more than {self.max_prompt_tokens} tokens: none is left. "
+                    "Set data.max_prompt_tokens."
+                )
+        return prompts
+
+    # --- scores ----------------------------------------------------------------------------------
+
+    def scores(self, module: RLVRModule) -> pd.DataFrame:
+        """Return the scores of the training questions, in their order: from the file named, the cache, or sampling.
+
+        Raises: UserError if the named file was made for another model or other data; it says what differs.
+        """
+        about = self._manifest(module)
+        if self.scoring.file is not None:
+            return self._in_order(scores.read_scores(Path(self.scoring.file), about))
+        path = scores.cache_path(self.cache_dir.expanduser(), about)
+        trainer = self._trainer()
+        if trainer.is_global_zero and not path.exists():
+            scores.write_scores(self.score(module), path, about)
+        trainer.strategy.barrier("scores")
+        return self._in_order(scores.read_scores(path, about))
+
+    def _trainer(self) -> Trainer:
+        if self.trainer is None:
+            raise RuntimeError("the data module works within a Trainer: pass both to trainer.fit")
+        return self.trainer
+
+    def _module(self) -> RLVRModule:
+        return cast("RLVRModule", self._trainer().lightning_module)
+
+    def _stage(self) -> str:
+        return str(self._trainer().state.fn)
+
+    def score(self, module: RLVRModule) -> pd.DataFrame:
+        """Sample and score the training questions now."""
+        with module.clock.part("score"):
+            return scores.score_questions(
+                self.questions["train"],
+                module.encode,
+                module.decode,
+                module.engine,
+                module.reward,
+                self.scoring,
+                module.sampling.max_new_tokens,
+                self.seed,
+            )
+
+    def save_scores(self, module: RLVRModule, path: Path) -> pd.DataFrame:
+        """Score the training questions and write the file that `scoring.file` reads."""
+        table = self.score(module)
+        scores.write_scores(table, path, self._manifest(module))
+        return table
+
+    def _manifest(self, module: RLVRModule) -> dict[str, object]:
+        return scores.manifest(
+            self.questions["train"],
+            module.policy_source.fingerprint(),
+            repr(module.prompt_format),
+            repr(module.reward),
+            self.scoring,
+            module.sampling.max_new_tokens,
+            self.seed,
+        )
+
+    def _in_order(self, table: pd.DataFrame) -> pd.DataFrame:
+        return table.set_index("uid").loc[[prompt.uid for prompt in self.questions["train"]]].reset_index()
+
+    # --- loaders ---------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader[Prompt]:
+        """Return the batches of the curriculum, from the one after the last that was trained on."""
+        module, trainer = self._module(), self._trainer()
+        table = self.scores(module) if self.curriculum.needs_scores else None
+        prompts = self.questions["train"]
+        sampler = CurriculumSampler(
+            self.curriculum.cut(len(prompts), table, self.seed),
+            self.curriculum.epochs,
+            self.prompts_per_batch,
+            self.seed,
+            trainer.global_rank,
+            trainer.world_size,
+            start=module.rollouts_done,
+        )
+        collate = partial(PromptBatch, samples=self.group_size)
+        return DataLoader(cast("Dataset[Prompt]", prompts), batch_sampler=sampler, collate_fn=collate)
+
+    def val_dataloader(self) -> DataLoader[Prompt] | list[DataLoader[Prompt]]:
+        """Return the held-out questions; none if there is no `val`."""
+        return self._eval_loader("val") if "val" in self.questions else []
+
+    def test_dataloader(self) -> DataLoader[Prompt]:
+        """Return the test questions."""
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Prompt]:
+        """Return the test questions."""
+        return self._eval_loader("test")
+
+    def _eval_loader(self, split: Split) -> DataLoader[Prompt]:
+        trainer = self._trainer()
+        mine = cast("Dataset[Prompt]", self.questions[split][trainer.global_rank :: trainer.world_size])
+        collate = partial(PromptBatch, samples=self.eval_samples)
+        return DataLoader(mine, batch_size=self.eval_prompts_per_batch, collate_fn=collate)

@@ -1,0 +1,57 @@
+"""What the training step needs from the other ranks. With one process nothing is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lightning_rlvr.types import Ratio, TokenStats
+
+
+def world_size() -> int:
+    """Return the number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather_stats(stats: TokenStats) -> tuple[TokenStats, slice]:
+    """Return the statistics of the rows of all ranks, and which of these rows are this rank's.
+
+    Raises: ValueError if the ranks hold different numbers of rows.
+    """
+    world = world_size()
+    if world == 1:
+        return stats, slice(None)
+    rows, width = stats.mask.shape
+    extremes = torch.tensor([rows, -rows, width], device=stats.mask.device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    if extremes[0] != -extremes[1]:
+        raise ValueError(f"ranks must hold equally many rows, got {-int(extremes[1])} to {int(extremes[0])}")
+    gathered = {}
+    for field in fields(stats):
+        value: Tensor = getattr(stats, field.name)
+        if value.dim() == 2:
+            value = pad(value, (0, int(extremes[2]) - width))
+        sent = value.to(torch.uint8) if value.dtype == torch.bool else value
+        parts = [torch.empty_like(sent) for _ in range(world)]
+        dist.all_gather(parts, sent.contiguous())
+        gathered[field.name] = torch.cat(parts).to(value.dtype)
+    return TokenStats(**gathered), slice(dist.get_rank() * rows, (dist.get_rank() + 1) * rows)
+
+
+def reduce_ratios(ratios: Mapping[str, Ratio]) -> dict[str, float]:
+    """Sum numerators and denominators over ranks and divide; nothing counted gives nan.
+
+    All ranks must pass the same names.
+    """
+    names = sorted(ratios)
+    sums = torch.tensor([[float(x) for x in ratios[name]] for name in names], dtype=torch.float64).reshape(-1, 2)
+    if world_size() > 1:
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        sums = sums.to(device)
+        dist.all_reduce(sums)
+    return dict(zip(names, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))

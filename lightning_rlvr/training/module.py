@@ -1,0 +1,400 @@
+"""The LightningModule: the only place where the stages of reinforcement learning are joined."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
+
+from lightning_rlvr.metrics import EvaluationMetrics
+from lightning_rlvr.models import PolicySource, PromptFormat
+from lightning_rlvr.models.forward import response_logp
+from lightning_rlvr.ops.advantages import group_advantages
+from lightning_rlvr.rollout import TransformersEngine, seed_of
+from lightning_rlvr.training.clock import Clock
+from lightning_rlvr.training.distributed import gather_stats, reduce_ratios, world_size
+from lightning_rlvr.types import (
+    Engine,
+    Objective,
+    Prompt,
+    Ratio,
+    Response,
+    Reward,
+    Rollouts,
+    Sampling,
+    TokenBatch,
+    TokenPlan,
+    TokenStats,
+    UserError,
+    Verdict,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class PromptBatch(NamedTuple):
+    """Questions and how many responses to sample for each."""
+
+    prompts: list[Prompt]
+    samples: int
+
+
+class Experience(NamedTuple):
+    """One rollout batch with its verdicts; rows are prompt-major."""
+
+    prompts: list[Prompt]  # one a row
+    rollouts: Rollouts
+    responses: list[Response]
+    verdicts: list[Verdict]
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Return one plain record a row, for tables and files."""
+        entropy = self.rollouts.entropy.sum(1) / self.rollouts.mask.sum(1)
+        lengths = self.rollouts.mask.sum(1)
+        return [
+            {
+                "uid": prompt.uid,
+                "prompt": prompt.text,
+                "gold": prompt.answer,
+                "response": response.text,
+                "answer": verdict.answer,
+                "status": verdict.status.value,
+                "reward": verdict.score,
+                "tokens": int(length),
+                "truncated": response.truncated,
+                "entropy": float(h),
+            }
+            for prompt, response, verdict, length, h in zip(
+                self.prompts, self.responses, self.verdicts, lengths, entropy, strict=True
+            )
+        ]
+
+
+class RLVRModule(LightningModule):
+    """A policy trained with verifiable rewards against a frozen reference.
+
+    One training step is one rollout batch: rollout, reward, advantage, token statistics, plan, and
+    `updates_per_rollout` optimizer steps. Statistics and plan see the whole batch over all ranks, so no result
+    depends on `micro_batch_size`, `rollout_rows` or the number of processes.
+
+    Args:
+        policy: where the policy comes from; the reference is the same policy, frozen.
+        objective: what is maximised.
+        reward: judges responses.
+        sampling: of training responses; temperature applies to the policy wherever its probabilities are read.
+        eval_sampling: of validation, test and predict; the training one if not given.
+        prompt_format: how a question becomes a prompt.
+        optimizer, lr_scheduler: called with the policy's parameters, and with the optimizer; the schedule
+            steps with the optimizer.
+        updates_per_rollout: optimizer steps on one rollout batch, on disjoint questions.
+        micro_batch_size: rows in a forward and backward pass; changes memory and speed only.
+        rollout_rows: rows decoded at a time; changes memory and speed only.
+        max_grad_norm: bound on the norm of the gradient, null for none.
+        pass_at: the k of each pass@k that validation and test report.
+        seed: names all randomness of rollouts.
+
+    Source: SENT, arXiv 2512.04359.
+    """
+
+    policy: PreTrainedModel
+    reference: PreTrainedModel | None
+
+    def __init__(
+        self,
+        policy: PolicySource,
+        objective: Objective,
+        reward: Reward,
+        sampling: Sampling,
+        eval_sampling: Sampling | None = None,
+        prompt_format: PromptFormat = PromptFormat(),  # noqa: B008 - frozen
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        updates_per_rollout: int = 1,
+        micro_batch_size: int = 32,
+        rollout_rows: int = 256,
+        max_grad_norm: float | None = 1.0,
+        pass_at: list[int] = [8],  # noqa: B006 - never changed
+        seed: int = 1,
+    ) -> None:
+        super().__init__()
+        for key, value in (
+            ("updates_per_rollout", updates_per_rollout),
+            ("micro_batch_size", micro_batch_size),
+            ("rollout_rows", rollout_rows),
+            *(("pass_at", k) for k in pass_at),
+        ):
+            if value < 1:
+                raise UserError(f"{key} must be at least 1, got {value}. Set model.{key}.")
+        if sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k > 0:
+            raise UserError(
+                f"training responses must be sampled from the policy itself, got {sampling}: with greedy, top-p or "
+                "top-k sampling the probability ratio is not the policy's. Set model.sampling to temperature > 0, "
+                "top_p 1, top_k 0; model.eval_sampling is free."
+            )
+        self.automatic_optimization = False
+        self.strict_loading = False  # the frozen reference is not in checkpoints
+        self.policy_source, self.objective, self.reward = policy, objective, reward
+        self.sampling, self.eval_sampling = sampling, eval_sampling or sampling
+        self.prompt_format = prompt_format
+        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self.updates_per_rollout, self.micro_batch_size = updates_per_rollout, micro_batch_size
+        self.rollout_rows, self.max_grad_norm, self.pass_at = rollout_rows, max_grad_norm, pass_at
+        self.seed = seed
+        self.rollouts_done = 0  # rollout batches trained on: names the randomness of the next
+        self.clock = Clock()
+        self.val_metrics, self.test_metrics = EvaluationMetrics(pass_at), EvaluationMetrics(pass_at)
+
+    # --- the models ------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Do the policy's slow preparation, if it has one, once and on one process."""
+        with self.clock.part("warm_start"):
+            self.policy_source.prepare()
+
+    def configure_model(self) -> None:
+        """Load the policy and, if the objective reads it, the frozen reference."""
+        if hasattr(self, "policy"):
+            return
+        self.policy, self.tokenizer = self.policy_source.load()
+        self.reference = None
+        if self.objective.needs_reference:
+            self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer over the policy's parameters, with its schedule if there is one."""
+        optimizer = self._optimizer(self.policy.parameters())
+        if self._lr_scheduler is None:
+            return optimizer
+        return [optimizer], [self._lr_scheduler(optimizer)]
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that samples from the policy as it is now."""
+        eos = self.policy.generation_config.eos_token_id or self.tokenizer.eos_token_id
+        eos_ids = [eos] if isinstance(eos, int) else list(eos)
+        return TransformersEngine(self.policy, eos_ids, self.tokenizer.pad_token_id, self.rollout_rows)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of the prompt for a question."""
+        return self.prompt_format.encode(self.tokenizer, text)
+
+    def decode(self, rollouts: Rollouts) -> list[Response]:
+        """Return the texts of the responses, without special tokens."""
+        ids = [row[keep].tolist() for row, keep in zip(rollouts.response_ids, rollouts.mask, strict=True)]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [Response(t, cut) for t, cut in zip(texts, rollouts.truncated.tolist(), strict=True)]
+
+    # --- one training step -----------------------------------------------------------------------
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Train on one rollout batch: sample, judge, measure every token, plan, update."""
+        before = dict(self.clock.seconds)
+        with self.clock.part("step"):
+            experience = self.experience(batch, self.sampling, f"rollout {self.rollouts_done}")
+            with self.clock.part("statistics"):
+                stats = self.token_statistics(experience, batch.samples)
+                whole, mine = gather_stats(stats)
+                plan = self.objective.plan(whole).rows(mine)  # entropy and covariance decide the KL masks here
+            with self.clock.part("reference"):
+                ref_logp = self.reference_logp(experience.rollouts)
+            with self.clock.part("update"):
+                metrics = self.update(experience.rollouts, stats, plan, ref_logp)
+        self.rollouts_done += 1
+        metrics |= describe(experience, stats, plan, batch.samples)
+        spent = {name: total - before.get(name, 0.0) for name, total in self.clock.seconds.items()}
+        self.log_training(reduce_ratios(metrics), spent, int(stats.mask.sum()))
+        return {"samples": experience.samples()}
+
+    def experience(self, batch: PromptBatch, sampling: Sampling, purpose: str) -> Experience:
+        """Sample responses to each question and judge them. `purpose` names the randomness."""
+        with self.clock.part("rollout"):
+            prompts = [self.encode(prompt.text) for prompt in batch.prompts]
+            seeds = [seed_of(self.seed, purpose, prompt.uid) for prompt in batch.prompts]
+            rollouts = self.engine.generate(prompts, seeds, batch.samples, sampling)
+            responses = self.decode(rollouts)
+        repeated = [prompt for prompt in batch.prompts for _ in range(batch.samples)]
+        with self.clock.part("reward"):
+            verdicts = self.reward(responses, repeated)
+        return Experience(repeated, rollouts, responses, verdicts)
+
+    @torch.no_grad()
+    def token_statistics(self, experience: Experience, group_size: int) -> TokenStats:
+        """Measure entropy, log-probability and advantage of every token of this rank's rows, detached."""
+        rollouts = experience.rollouts
+        parts = [
+            response_logp(self.policy, rollouts.rows(rows), self.sampling.temperature, with_entropy=True)
+            for rows in self._micro_batches(len(rollouts.mask))
+        ]
+        logp = torch.cat([part.logp for part in parts])
+        scores = logp.new_tensor([verdict.score for verdict in experience.verdicts]).view(-1, group_size)
+        questions = len(scores)
+        updates = min(self.updates_per_rollout, questions)
+        update = torch.arange(questions, device=logp.device) * updates // questions
+        row_id = [seed_of(p.uid, i % group_size) for i, p in enumerate(experience.prompts)]
+        return TokenStats(
+            logp=logp,
+            entropy=torch.cat([part.entropy for part in parts if part.entropy is not None]),
+            advantage=group_advantages(scores, self.objective.scale_by_std).flatten(),
+            mask=rollouts.mask,
+            row_id=torch.tensor(row_id, device=logp.device),
+            update=update.repeat_interleave(group_size),
+        )
+
+    @torch.no_grad()
+    def reference_logp(self, rollouts: Rollouts) -> Tensor | None:
+        """Return log-probabilities under the frozen reference [N, T], or None if the objective reads none."""
+        if self.reference is None:
+            return None
+        micro_batches = self._micro_batches(len(rollouts.mask))
+        temperature = self.sampling.temperature
+        return torch.cat([response_logp(self.reference, rollouts.rows(r), temperature).logp for r in micro_batches])
+
+    def update(
+        self, rollouts: Rollouts, stats: TokenStats, plan: TokenPlan, ref_logp: Tensor | None
+    ) -> dict[str, Ratio]:
+        """Take the optimizer steps of one rollout batch and return the metrics of its tokens."""
+        optimizer = cast(LightningOptimizer, self.optimizers())
+        schedule = cast(torch.optim.lr_scheduler.LRScheduler | None, self.lr_schedulers())
+        sums: dict[str, Ratio] = {}
+        for number in range(int(stats.update.max()) + 1):
+            optimizer.zero_grad()
+            rows_of_update = (stats.update == number).nonzero().squeeze(-1)
+            micro_batches = rows_of_update.split(self.micro_batch_size)
+            for i, rows in enumerate(micro_batches):
+                part = rollouts.rows(rows)
+                tokens = TokenBatch(
+                    logp=response_logp(self.policy, part, self.sampling.temperature).logp,
+                    old_logp=stats.logp[rows],
+                    mask=part.mask,
+                    ref_logp=None if ref_logp is None else ref_logp[rows],
+                )
+                loss, metrics = self.objective.loss(tokens, plan.rows(rows))
+                with self._sync_gradients(i + 1 == len(micro_batches)):
+                    self.manual_backward(loss * world_size())  # ranks average gradients; the plan's weights sum
+                add_ratios(sums, {**metrics, "loss": Ratio(loss.detach(), loss.new_ones(()))})
+            bound = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), bound)
+            add_ratios(sums, {"grad_norm": Ratio(norm, norm.new_ones(()))})
+            optimizer.step()
+            if schedule is not None:
+                schedule.step()
+        # A step's loss is the sum over its micro-batches and over ranks, not their mean.
+        sums["loss"] = Ratio(sums["loss"].numerator * world_size(), sums["grad_norm"].denominator)
+        return sums
+
+    def _micro_batches(self, rows: int) -> tuple[Tensor, ...]:
+        return torch.arange(rows, device=self.device).split(self.micro_batch_size)
+
+    def _sync_gradients(self, last: bool) -> Any:
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        return nullcontext() if last or block is None or world_size() == 1 else block()
+
+    def log_training(self, metrics: Mapping[str, float], spent: Mapping[str, float], tokens: int) -> None:
+        """Log one step: metrics under train/, seconds by part under seconds/."""
+        rate = tokens * world_size() / spent["step"]
+        shown = {"reward": metrics["reward"], "entropy": metrics["entropy"], "tok/s": rate}
+        self.log_dict({f"train/{k}": v for k, v in metrics.items()}, batch_size=1)
+        self.log_dict({f"seconds/{k}": v for k, v in spent.items()}, batch_size=1)
+        self.log("train/tokens_per_second", rate, batch_size=1)
+        self.log("train/lr", cast(LightningOptimizer, self.optimizers()).param_groups[0]["lr"], batch_size=1)
+        self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
+
+    # --- evaluation ------------------------------------------------------------------------------
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Sample responses to held-out questions. The randomness is the same at every validation."""
+        return self._evaluate(batch, self.val_metrics)
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Sample responses to test questions."""
+        return self._evaluate(batch, self.test_metrics)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Return one record for each sampled response."""
+        return self.experience(batch, self.eval_sampling, "evaluate").samples()
+
+    def _evaluate(self, batch: PromptBatch, metrics: EvaluationMetrics) -> dict[str, Any]:
+        with self.clock.part("evaluation", closed=True):
+            experience = self.experience(batch, self.eval_sampling, "evaluate")
+            metrics.update(experience.rollouts, experience.verdicts, batch.samples)
+        return {"samples": experience.samples()}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log pass@k, avg@k and what belongs to them, over all held-out questions."""
+        self._log_evaluation(self.val_metrics, "val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log pass@k, avg@k and what belongs to them, over all test questions."""
+        self._log_evaluation(self.test_metrics, "test")
+
+    def _log_evaluation(self, metrics: EvaluationMetrics, prefix: str) -> None:
+        self.log_dict({f"{prefix}/{name}": value for name, value in metrics.compute().items()}, batch_size=1)
+        metrics.reset()
+
+    # --- Lightning -------------------------------------------------------------------------------
+
+    def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:
+        """Leave questions where they are: the engine moves token ids."""
+        return batch
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out the frozen reference, which the policy's source gives again, and keep the rollout count."""
+        weights = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("reference.")}
+        checkpoint["rollouts_done"] = self.rollouts_done
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint holds this policy, and take its rollout count."""
+        missing = {k for k in self.state_dict() if k.startswith("policy.")} - set(checkpoint["state_dict"])
+        if missing:
+            raise UserError(
+                f"the checkpoint lacks {len(missing)} weights of this policy, such as {min(missing)}: it is of another "
+                "model. Set ckpt_path, or model.policy."
+            )
+        self.rollouts_done = checkpoint["rollouts_done"]
+
+    def teardown(self, stage: str) -> None:
+        """Release the verifier's processes."""
+        self.reward.close()
+
+
+def add_ratios(sums: dict[str, Ratio], more: Mapping[str, Ratio]) -> None:
+    """Add `more` to `sums` in place, name by name."""
+    for name, (numerator, denominator) in more.items():
+        total, count = sums.get(name, (0.0, 0.0))
+        sums[name] = Ratio(total + numerator, count + denominator)
+
+
+def describe(experience: Experience, stats: TokenStats, plan: TokenPlan, group_size: int) -> dict[str, Ratio]:
+    """Return the metrics of a rollout batch: rewards, verdicts, lengths, entropy, shares of token classes."""
+    rollouts, verdicts = experience.rollouts, experience.verdicts
+    rows, tokens = torch.tensor(len(verdicts)), stats.mask.sum()
+
+    def of_rows(values: Sequence[float] | Tensor) -> Ratio:
+        return Ratio(torch.as_tensor(values).double().sum(), rows)
+
+    def of_tokens(values: Tensor) -> Ratio:
+        return Ratio(values.masked_fill(~stats.mask, 0).double().sum(), tokens)
+
+    tied = (stats.advantage.view(-1, group_size) == 0).all(dim=1)
+    metrics = {
+        "reward": of_rows([v.score for v in verdicts]),
+        "accuracy": of_rows([float(v.correct) for v in verdicts]),
+        "response_length": of_rows(stats.mask.sum(dim=1)),
+        "truncated": of_rows(rollouts.truncated),
+        "entropy": of_tokens(stats.entropy),
+        "logp_gap": of_tokens((rollouts.logp - stats.logp).abs()),
+        "tied_groups": Ratio(tied.sum(), torch.tensor(len(tied))),
+    }
+    metrics |= {f"status/{s}": of_rows([float(v.status is s) for v in verdicts]) for s in type(verdicts[0].status)}
+    metrics |= {f"reward/{part}": of_rows([v.parts[part] for v in verdicts]) for part in verdicts[0].parts}
+    metrics |= {f"share/{name}": of_tokens(chosen) for name, chosen in plan.classes.items()}
+    return metrics
