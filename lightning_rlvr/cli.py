@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning
 from jsonargparse import Namespace, set_parsing_settings
@@ -16,11 +17,23 @@ from lightning_rlvr.training import RLVRDataModule, RLVRModule, Trainer
 from lightning_rlvr.training.callbacks import (
     EvaluateEnds,
     ExportPolicy,
+    InterruptBetweenSteps,
     PredictionWriter,
     RunSummary,
     SampleTable,
 )
 from lightning_rlvr.types import UserError
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are the error, without the page of all options before it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and exit with status 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        sys.stderr.write(f"error: {message}\nSee {self.prog.replace(' [options]', '')} --help.\n")
+        sys.exit(2)
 
 
 class RLVRCLI(LightningCLI):
@@ -38,7 +51,9 @@ class RLVRCLI(LightningCLI):
                 "log_every_n_steps": 1,
             },
             seed_everything_default=1,
-            parser_kwargs={"parser_mode": "omegaconf+"},  # resolves ${...} after overrides, not before
+            # This mode resolves ${...} after overrides, not file by file.
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": "python -m lightning_rlvr"},
+            parser_class=Parser,
             args=args,
         )
 
@@ -56,7 +71,6 @@ class RLVRCLI(LightningCLI):
         )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.every_n_train_steps": 10})
-        parser.set_defaults({"checkpoint.save_on_exception": True})
         parser.add_lightning_class_args(SampleTable, "samples")
 
     def before_instantiate_classes(self) -> None:
@@ -69,8 +83,27 @@ class RLVRCLI(LightningCLI):
             loggers = ["TensorBoardLogger", "CSVLogger"] if self.subcommand != "score" else []
             trainer.logger = [_logger(name, config.run_dir) for name in loggers] or False
 
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer; a value that a class refuses is the user's to put right."""
+        try:
+            super().instantiate_classes()
+        except UserError:
+            raise
+        except ValueError as error:
+            # Where a key takes one of several types, jsonargparse wraps what each of them said.
+            said = [line.removeprefix("  - ") for line in str(error).splitlines() if line.startswith("  - ")]
+            reasons = [line for line in said if not line.startswith("Expected a ")]
+            raise UserError("; ".join(reasons) or str(error)) from error
+
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> lightning.Trainer:
-        callbacks = [*callbacks, EvaluateEnds(), ExportPolicy(), RunSummary(), PredictionWriter()]
+        callbacks = [
+            *callbacks,
+            EvaluateEnds(),
+            InterruptBetweenSteps(),
+            ExportPolicy(),
+            RunSummary(),
+            PredictionWriter(),
+        ]
         return super()._instantiate_trainer(config, callbacks)
 
 
@@ -84,16 +117,15 @@ def _logger(name: str, folder: str) -> Namespace:
 def free_folder(wanted: Path) -> Path:
     """Return the folder, or the first of wanted-2, wanted-3, ... that does not exist or is empty.
 
-    Raises: UserError if `wanted` is a file or cannot be created.
+    Raises: UserError if it could not be written to.
     """
+    there = next(path for path in (wanted, *wanted.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"run_dir must be a folder that can be written, got {wanted}: {there} is not. Set run_dir.")
     folder, number = wanted, 1
-    try:
-        while folder.exists() and any(folder.iterdir()):
-            number += 1
-            folder = wanted.with_name(f"{wanted.name}-{number}")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot use {folder} as the run's folder: {error}. Set run_dir.") from error
+    while folder.exists() and any(folder.iterdir()):
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
     return folder
 
 
@@ -108,5 +140,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         RLVRCLI(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    except KeyboardInterrupt:  # before the trainer has started, which handles it itself
+        sys.exit(130)

@@ -45,16 +45,17 @@ class Curriculum:
         """Whether the order is read from scores."""
         return self.order != "shuffled"
 
-    def cut(self, size: int, scores: pd.DataFrame | None, seed: int) -> list[np.ndarray]:
-        """Return the stages: arrays of question indices in sorted order, ties in a seeded random order.
-
-        Raises: UserError if there are fewer questions than stages.
-        """
+    def check(self, size: int) -> None:
+        """Raise UserError if `size` questions are too few for the stages."""
         if size < self.stages:
             raise UserError(
-                f"stages must be at most the number of questions ({size}), got {self.stages}: "
-                "a stage would be empty. Set data.curriculum.stages."
+                f"stages must be at most the number of questions ({size}), got {self.stages}: a stage would be empty. "
+                "Set data.curriculum.stages."
             )
+
+    def cut(self, size: int, scores: pd.DataFrame | None, seed: int) -> list[np.ndarray]:
+        """Return the stages: arrays of question indices in sorted order, ties in a seeded random order."""
+        self.check(size)
         tie = np.random.default_rng([seed, 0]).permutation(size)
         if self.order == "shuffled":
             return np.array_split(tie, self.stages)

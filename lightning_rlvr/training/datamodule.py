@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import pandas as pd
 from lightning import LightningDataModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
@@ -102,7 +103,7 @@ class RLVRDataModule(LightningDataModule):
         """Load and check the questions of `fit`, `validate`, `test`, `predict` or `score`.
 
         Raises: UserError that names the key, if a split is missing or empty, a prompt too long, a gold answer
-            unparsable, or pass@k asks for more samples than there are.
+            unparsable, the score file another model's, or pass@k asks for more samples than there are.
         """
         for split in SPLITS_OF[stage]:
             if split not in self.questions and not (stage == "fit" and split == "val" and self.tasks["val"] is None):
@@ -113,6 +114,9 @@ class RLVRDataModule(LightningDataModule):
                 "samples. Set data.eval_samples or model.pass_at."
             )
         if stage == "fit":
+            self.curriculum.check(len(self.questions["train"]))
+            if self.curriculum.needs_scores and self.scoring.file is not None:
+                scores.read_scores(Path(self.scoring.file), self._manifest(module))
             shared = {p.text for p in self.questions["train"]} & {p.text for p in self.questions.get("val", [])}
             if shared:
                 rank_zero_warn(f"{len(shared)} held-out questions are also training questions: {min(shared)!r}, ...")
@@ -170,7 +174,7 @@ class RLVRDataModule(LightningDataModule):
         return cast("RLVRModule", self._trainer().lightning_module)
 
     def _stage(self) -> str:
-        return str(self._trainer().state.fn)
+        return TrainerFn(self._trainer().state.fn).value
 
     def score(self, module: RLVRModule) -> pd.DataFrame:
         """Sample and score the training questions now."""

@@ -394,7 +394,9 @@ def describe(experience: Experience, stats: TokenStats, plan: TokenPlan, group_s
         "logp_gap": of_tokens((rollouts.logp - stats.logp).abs()),
         "tied_groups": Ratio(tied.sum(), torch.tensor(len(tied))),
     }
-    metrics |= {f"status/{s}": of_rows([float(v.status is s) for v in verdicts]) for s in type(verdicts[0].status)}
+    metrics |= {
+        f"status/{s.value}": of_rows([float(v.status is s) for v in verdicts]) for s in type(verdicts[0].status)
+    }
     metrics |= {f"reward/{part}": of_rows([v.parts[part] for v in verdicts]) for part in verdicts[0].parts}
     metrics |= {f"share/{name}": of_tokens(chosen) for name, chosen in plan.classes.items()}
     return metrics

@@ -1,0 +1,106 @@
+"""Each mistake gives one clear error that names the key, before any work is done."""
+
+import json
+
+import pytest
+from support import QUICKSTART
+
+from lightning_rlvr.cli import main
+
+
+@pytest.fixture
+def refused(cli, tmp_path, capsys, monkeypatch):
+    """Run fit with changes that must be refused; return what it said."""
+    empty_cache = tmp_path / "cache"
+    monkeypatch.setenv("LIGHTNING_RLVR_CACHE", str(empty_cache))
+
+    def run(*flags: str, **changes: object) -> str:
+        with pytest.raises(SystemExit) as exit_:
+            cli("fit", tmp_path / "run", **changes)
+        assert exit_.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("error: ") == 1
+        assert "Traceback" not in error
+        assert not empty_cache.exists(), "work was done before the mistake was found"
+        assert not (tmp_path / "run").exists()
+        return error[error.index("error: ") :]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"data__group_sise": 4}, "data.group_sise"),
+        ({"model__objective__init_args__beta": 4}, "beta"),
+        ({"model__objective": "lightning_rlvr.objectives.SENTT"}, "model.objective"),
+        ({"data__group_size": 1}, "data.group_size"),
+        ({"data__group_size": "many"}, "data.group_size"),
+        ({"data__max_prompt_tokens": 5}, "data.max_prompt_tokens"),
+        ({"data__max_prompt_tokens": 5, "data__long_prompts": "drop"}, "data.max_prompt_tokens"),
+        ({"data__train__init_args__size": 0}, "size"),
+        ({"data__train": "null"}, "data.train"),
+        ({"data__curriculum__stages": 17}, "stages"),
+        ({"model__pass_at": "[4]"}, "data.eval_samples"),
+        ({"model__sampling__temperature": 0}, "model.sampling"),
+        ({"model__objective__init_args__beta_low": -1}, "model.objective.init_args.beta_low"),
+        ({"model__micro_batch_size": 0}, "model.micro_batch_size"),
+    ],
+)
+def test_mistakes(refused, changes, named):
+    assert named in refused(**changes)
+
+
+def refuse_file(tmp_path, capsys, monkeypatch, rows, named, **settings):
+    monkeypatch.setenv("LIGHTNING_RLVR_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "questions.jsonl"
+    if rows is not None:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = ["--data.train", "lightning_rlvr.tasks.Files", "--data.train.init_args.path", str(file)]
+    settings = {"prompt_template": "{question}", **settings}
+    more = [text for key, value in settings.items() for text in (f"--data.train.init_args.{key}", value)]
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", str(QUICKSTART), "--run_dir", str(tmp_path / "run"), *task, *more])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert error.count("error: ") == 1
+    assert named in error
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_missing_data_file(tmp_path, capsys, monkeypatch):
+    refuse_file(tmp_path, capsys, monkeypatch, None, "path")
+
+
+def test_an_empty_data_file(tmp_path, capsys, monkeypatch):
+    refuse_file(tmp_path, capsys, monkeypatch, [], "path")
+
+
+def test_a_file_without_the_named_column(tmp_path, capsys, monkeypatch):
+    rows = [{"question": "1 + 1", "answer": "2"}]
+    refuse_file(tmp_path, capsys, monkeypatch, rows, "answer_column", answer_column="solution")
+
+
+def test_a_missing_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_RLVR_CACHE", str(tmp_path / "cache"))
+    policy = ["--model.policy", "lightning_rlvr.models.Pretrained", "--model.policy.init_args.name", "./nowhere"]
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", str(QUICKSTART), "--run_dir", str(tmp_path / "run"), *policy])
+    assert exit_.value.code == 2
+    assert "model.policy.init_args.name" in capsys.readouterr().err
+
+
+def test_a_misspelled_key_in_a_file(tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text("model: {objektive: null}\n")
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", str(config)])
+    assert exit_.value.code == 2
+    assert "objektive" in capsys.readouterr().err
+
+
+def test_a_run_folder_that_is_a_file(tmp_path, capsys, cli):
+    (tmp_path / "run").write_text("not a folder")
+    with pytest.raises(SystemExit, match="2"):
+        cli("fit", tmp_path / "run")
+    assert "run_dir" in capsys.readouterr().err

@@ -1,0 +1,117 @@
+"""What a run of `fit` leaves behind."""
+
+import json
+import math
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+LOGGED = {
+    "train": """entropy share/low share/high kl/low kl/high kl/all response_length clip_fraction grad_share/kl
+        grad_share/policy reward accuracy loss grad_norm lr tokens_per_second tied_groups logp_gap truncated
+        status/unparsable""",
+    "seconds": "rollout reward statistics reference update step",
+    "val": "avg@2 pass@1 pass@2 entropy response_length truncated unparsable",
+}
+
+
+@pytest.fixture(scope="session")
+def metrics(finished_run):
+    return pd.read_csv(finished_run / "metrics.csv")
+
+
+def test_metrics_hold_what_the_method_needs_to_be_seen(metrics):
+    wanted = {f"{group}/{name}" for group, names in LOGGED.items() for name in names.split()}
+    assert wanted <= set(metrics.columns)
+
+
+def test_each_step_is_logged_once(metrics):
+    steps = metrics.loc[metrics["train/entropy"].notna(), "step"]
+    assert steps.tolist() == [0, 1, 2, 3]
+
+
+def test_values_lie_where_they_must(metrics):
+    train = metrics[metrics["train/entropy"].notna()]
+    assert train["train/entropy"].between(0, math.log(100)).all()
+    assert train["train/share/low"].between(0.8, 0.85).all()
+    assert (train["train/share/high"] > 0).all()
+    assert (train["train/share/high"] < train["train/share/low"]).all()
+    assert (train["train/clip_fraction"] == 0).all(), "one update a rollout is on-policy"
+    assert train["train/grad_share/kl"].iloc[0] == 0, "at the start the policy is the reference"
+    assert train["train/kl/all"].iloc[0] == pytest.approx(0, abs=1e-9)
+    assert (train["train/logp_gap"] < 1e-4).all()
+
+
+def test_held_out_questions_are_judged_before_during_and_after(metrics):
+    assert metrics.loc[metrics["val/avg@2"].notna(), "step"].tolist() == [0, 1, 3]  # Lightning counts steps from 0
+
+
+def test_the_config_left_behind_repeats_the_run(finished_run):
+    config = yaml.safe_load((finished_run / "config.yaml").read_text())
+    assert config["model"]["seed"] == config["seed_everything"] == 1
+    assert config["model"]["policy"]["init_args"]["steps"] == 4
+
+
+def test_the_summary_is_whole(finished_run):
+    summary = json.loads((finished_run / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert {"val/avg@2", "val/pass@2", "val/entropy"} <= summary["before"].keys() == summary["after"].keys()
+    assert summary["train_entropy"].keys() == {"first", "last"}
+    assert {"warm_start", "score", "rollout", "update", "evaluation", "total"} <= summary["seconds"].keys()
+    assert summary["seed"] == 1
+    assert summary["optimizer_steps"] == 4
+    assert summary["tokens_per_second"] > 0
+    assert summary["peak_memory_bytes"] > 1e7
+    assert summary["versions"]["torch"] == torch.__version__.split("+")[0] or summary["versions"]["torch"]
+
+
+def test_samples_show_question_response_and_verdict(finished_run):
+    samples = [json.loads(line) for line in (finished_run / "samples.jsonl").read_text().splitlines()]
+    assert {sample["step"] for sample in samples} == {0, 2, 4}
+    assert all(sample["prompt"].endswith("=") for sample in samples)
+    assert {sample["status"] for sample in samples} <= {"correct", "wrong", "unparsable"}
+
+
+def test_tensorboard_has_the_scalars(finished_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished_run)).Reload()
+    assert {"train/entropy", "val/avg@2"} <= set(events.Tags()["scalars"])
+
+
+def test_the_exported_policy_loads_and_generates(finished_run):
+    folder = finished_run / "policy"
+    assert list(folder.glob("*.safetensors"))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("1 + 2 =", return_tensors="pt")
+    output = model.generate(prompt["input_ids"], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert output.shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_the_checkpoint_holds_the_policy_and_not_the_reference(finished_run):
+    checkpoint = torch.load(finished_run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert any(key.startswith("policy.") for key in checkpoint["state_dict"])
+    assert not any(key.startswith("reference.") for key in checkpoint["state_dict"])
+    assert checkpoint["rollouts_done"] == 4
+
+
+def test_a_second_run_takes_a_folder_of_its_own(finished_run, cli):
+    before = (finished_run / "metrics.csv").read_bytes()
+    cli("fit", finished_run)
+    again = finished_run.with_name(f"{finished_run.name}-2")
+    assert (finished_run / "metrics.csv").read_bytes() == before
+    first, second = pd.read_csv(finished_run / "metrics.csv"), pd.read_csv(again / "metrics.csv")
+    same = [name for name in first.columns if not name.startswith("seconds/") and name != "train/tokens_per_second"]
+    pd.testing.assert_frame_equal(first[same], second[same])
+
+
+def test_continuing_from_a_checkpoint_ends_where_the_whole_run_ends(cli, tmp_path):
+    whole = cli("fit", tmp_path / "whole", trainer__max_steps=3)
+    half = cli("fit", tmp_path / "half", trainer__max_steps=1)
+    rest = cli("fit", tmp_path / "rest", trainer__max_steps=3, ckpt_path=half / "checkpoints" / "last.ckpt")
+    ends = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (whole, rest)]
+    for name, weight in ends[0].items():
+        assert torch.equal(weight, ends[1][name]), name

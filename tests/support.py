@@ -1,0 +1,98 @@
+"""A tiny policy, task and reward, and a cut-down quickstart: what tests of several rooms share."""
+
+from pathlib import Path
+
+import torch
+
+from lightning_rlvr.models.char_tokenizer import char_tokenizer
+from lightning_rlvr.models.source import Policy, PolicySource
+from lightning_rlvr.types import Prompt, Response, Reward, Status, Task, Verdict
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+SMALL = {
+    "model.policy.init_args.hidden_size": 32,
+    "model.policy.init_args.layers": 1,
+    "model.policy.init_args.heads": 2,
+    "model.policy.init_args.steps": 4,
+    "model.sampling.max_new_tokens": 6,
+    "model.pass_at": "[1, 2]",
+    "data.train.init_args.size": 16,
+    "data.val.init_args.size": 4,
+    "data.group_size": 4,
+    "data.prompts_per_batch": 4,
+    "data.eval_samples": 2,
+    "data.scoring.samples": 2,
+    "trainer.val_check_interval": 2,
+    "trainer.accelerator": "cpu",
+    "checkpoint.every_n_train_steps": 1,
+}
+
+
+def arguments(subcommand: str, run_dir: Path, **changes: object) -> list[str]:
+    """The command line of a cut-down quickstart; `__` in a name stands for a dot."""
+    settings = {**SMALL, **{key.replace("__", "."): value for key, value in changes.items()}}
+    flags = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    return [subcommand, "--config", str(QUICKSTART), "--run_dir", str(run_dir), *flags]
+
+
+class TinyPolicy(PolicySource):
+    """A Qwen3 of a few thousand random weights that knows the characters."""
+
+    def __init__(self, seed: int = 0, dtype: str = "float32") -> None:
+        self.seed, self.dtype = seed, dtype
+
+    def tokenizer(self):
+        return char_tokenizer()
+
+    def prepare(self) -> None:
+        return
+
+    def load(self) -> Policy:
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        tokenizer = self.tokenizer()
+        config = Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            model = Qwen3ForCausalLM(config)
+        return Policy(model.to(getattr(torch, self.dtype)).eval(), tokenizer)
+
+    def fingerprint(self) -> str:
+        return f"tiny-{self.seed}-{self.dtype}"
+
+
+class Counting(Task):
+    """Questions `0=`, `1=`, ... with the number as the answer."""
+
+    def __init__(self, size: int = 8, start: int = 0) -> None:
+        self.size, self.start = size, start
+
+    def load(self) -> list[Prompt]:
+        return [Prompt(f"count:{i}", f"{i}=", str(i)) for i in range(self.start, self.start + self.size)]
+
+
+class ManyVowels(Reward):
+    """Correct if the response holds an even number of vowels: random policies earn it now and then."""
+
+    def __call__(self, responses: list[Response], prompts: list[Prompt]) -> list[Verdict]:
+        return [self._judge(response.text) for response in responses]
+
+    def _judge(self, text: str) -> Verdict:
+        vowels = sum(text.lower().count(v) for v in "aeiou")
+        good = vowels % 2 == 0
+        return Verdict(float(good), Status.CORRECT if good else Status.WRONG, str(vowels))
+
+    def __repr__(self) -> str:
+        return "ManyVowels()"

@@ -1,0 +1,117 @@
+"""The training step as a whole."""
+
+from functools import partial
+
+import lightning
+import pytest
+import torch
+from support import Counting, ManyVowels, TinyPolicy
+
+from lightning_rlvr.curriculum import Curriculum
+from lightning_rlvr.objectives import GRPO, SENT
+from lightning_rlvr.training import RLVRDataModule, RLVRModule
+from lightning_rlvr.types import Sampling
+
+MOVING = SENT(low_entropy_quantile=0.8, high_cov_fraction=0.1, beta_low=0.5, beta_high=2.0)
+
+
+def train(tmp_path, objective=MOVING, dtype="float64", updates=3, lr=1e-3, **settings):
+    module = RLVRModule(
+        TinyPolicy(dtype=dtype),
+        objective,
+        ManyVowels(),
+        Sampling(10),
+        optimizer=partial(torch.optim.AdamW, lr=lr),
+        pass_at=[1],
+        **settings,
+    )
+    data = RLVRDataModule(
+        train=Counting(24), prompts_per_batch=6, group_size=4, curriculum=Curriculum(order="shuffled", stages=1)
+    )
+    trainer = lightning.Trainer(
+        max_steps=updates,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, data)
+    return module, trainer
+
+
+def weights(module):
+    return dict(module.policy.named_parameters())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return weights(train(tmp_path_factory.mktemp("whole"), micro_batch_size=24, rollout_rows=24)[0])
+
+
+@pytest.mark.parametrize(("micro", "rows"), [(1, 24), (4, 24), (5, 7), (24, 1)])
+def test_how_the_batch_is_cut_does_not_matter(tmp_path, whole, micro, rows):
+    cut = weights(train(tmp_path, micro_batch_size=micro, rollout_rows=rows)[0])
+    for name, weight in whole.items():
+        torch.testing.assert_close(cut[name], weight, rtol=0, atol=1e-10)
+
+
+def test_three_updates_move_the_policy_and_not_the_reference(tmp_path, whole):
+    module, _ = train(tmp_path)
+    start = dict(TinyPolicy(dtype="float64").load().model.named_parameters())
+    assert max(float((whole[name] - start[name]).detach().abs().max()) for name in start) > 1e-4
+    for name, weight in module.reference.named_parameters():
+        assert torch.equal(weight, start[name]), name
+
+
+def test_updates_of_one_rollout_share_its_questions_out(tmp_path):
+    module, trainer = train(tmp_path, updates=4, updates_per_rollout=2)
+    assert trainer.global_step == 4
+    assert module.rollouts_done == 2
+
+
+def test_an_objective_without_kl_loads_no_reference(tmp_path):
+    module, trainer = train(tmp_path, objective=GRPO(), updates=1)
+    assert module.reference is None
+    assert "train/kl/all" not in trainer.logged_metrics
+
+
+def test_equal_seeds_give_equal_runs_and_other_seeds_others(tmp_path):
+    one, same, other = (weights(train(tmp_path, updates=1, seed=seed)[0]) for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_second_update_of_a_rollout_is_off_policy(tmp_path):
+    _, trainer = train(tmp_path, updates=2, updates_per_rollout=2, lr=1e-2)
+    assert trainer.logged_metrics["train/kl/old"] > 0
+
+
+def test_the_gradient_of_a_step_is_that_of_the_formula():
+    """On policy, the gradient against that of A log pi written out over the whole batch."""
+    from lightning_rlvr.models.forward import response_logp
+    from lightning_rlvr.training import PromptBatch
+
+    fresh = RLVRModule(TinyPolicy(dtype="float64"), GRPO(), ManyVowels(), Sampling(10))
+    fresh.configure_model()
+    batch = PromptBatch(Counting(6).load(), 4)
+    experience = fresh.experience(batch, fresh.sampling, "rollout 0")
+    logp = response_logp(fresh.policy, experience.rollouts, 1.0).logp
+    mask, lengths = experience.rollouts.mask, experience.rollouts.mask.sum(1)
+    rewards = torch.tensor([v.score for v in experience.verdicts], dtype=torch.float64).view(6, 4)
+    advantage = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
+    expected = -(advantage.view(24, 1) * logp * mask / lengths[:, None]).sum() / 24
+    wanted = torch.autograd.grad(expected, list(fresh.policy.parameters()))
+
+    stats = fresh.token_statistics(experience, 4)
+    plan = fresh.objective.plan(stats)
+    from lightning_rlvr.types import TokenBatch
+
+    loss = fresh.objective.loss(
+        TokenBatch(response_logp(fresh.policy, experience.rollouts, 1.0).logp, stats.logp, mask), plan
+    ).loss
+    got = torch.autograd.grad(loss, list(fresh.policy.parameters()))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
