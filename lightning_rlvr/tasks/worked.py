@@ -42,8 +42,8 @@ class WorkedChainSum(Teacher):
     max_terms: int = 5
     min_digits: int = 1
     max_digits: int = 1
-    direct: float = 0.3
-    in_order: float = 0.4
+    direct: float = 0.35
+    in_order: float = 0.35
     any_order: float = 0.3
     prompt_template: str = "{expression} ="
     marker: str = "#"
