@@ -17,6 +17,7 @@ from lightning_rlvr.training import RLVRDataModule, RLVRModule, Trainer
 from lightning_rlvr.training.callbacks import (
     EvaluateEnds,
     ExportPolicy,
+    InertTerms,
     InterruptBetweenSteps,
     PredictionWriter,
     RunSummary,
@@ -99,6 +100,7 @@ class RLVRCLI(LightningCLI):
         callbacks = [
             *callbacks,
             EvaluateEnds(),
+            InertTerms(),
             InterruptBetweenSteps(),
             ExportPolicy(),
             RunSummary(),

@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
@@ -41,6 +41,7 @@ class Response:
 
     text: str
     truncated: bool = False
+    tokens: int = 0  # its length, EOS included
 
 
 class Status(str, Enum):
@@ -173,7 +174,8 @@ class TokenStats:
     """Detached statistics of a whole rollout batch, over all ranks: all that a plan may look at.
 
     `row_id` is unique and names a row whatever its place in the batch; it settles ties. `update` is the
-    optimizer step, within this rollout batch, in which the row is used: denominators run over it.
+    optimizer step, within this rollout batch, in which the row is used: denominators run over it. `state` is
+    what the objective carries from one rollout batch to the next (Objective.next_state).
     """
 
     logp: Float[Tensor, "N T"]
@@ -182,6 +184,7 @@ class TokenStats:
     mask: Bool[Tensor, "N T"]
     row_id: Int[Tensor, " N"]
     update: Int[Tensor, " N"]
+    state: Mapping[str, float] = field(default_factory=dict)
 
     def counted(self) -> Int[Tensor, " K"]:
         """Return the flat indices (row * T + position) of the counted tokens in canonical order.
@@ -197,6 +200,12 @@ class TokenStats:
         row, position = self.mask[by_id].nonzero(as_tuple=True)
         return by_id[row] * self.mask.shape[1] + position
 
+    def spread(self, values: Shaped[Tensor, " K"]) -> Shaped[Tensor, "N T"]:
+        """Return values of the counted tokens, in canonical order, at their places; 0 or False elsewhere."""
+        flat = values.new_zeros(self.mask.numel())
+        flat[self.counted()] = values
+        return flat.view(self.mask.shape)
+
     def token_advantage(self) -> Float[Tensor, "N T"]:
         """Return the advantage of each token: its row's."""
         return self.advantage[:, None].expand(self.mask.shape)
@@ -207,13 +216,16 @@ class TokenPlan:
     """What the objective decided for each token. Uncounted positions hold 0 and False.
 
     `weight` holds the aggregation with its denominators: the loss is the sum over tokens of
-    weight * (policy term + kl_weight * KL), hence additive over any cut into rows.
+    weight * (policy term + kl_weight * KL + drift_weight * |log r| - entropy_weight * H), hence additive over any
+    cut into rows. A term without weights is not computed.
     """
 
     advantage: Float[Tensor, "N T"]
     weight: Float[Tensor, "N T"]
     kl_weight: Float[Tensor, "N T"]
     policy_mask: Bool[Tensor, "N T"]  # tokens that take part in the policy gradient
+    drift_weight: Float[Tensor, "N T"] | None = None
+    entropy_weight: Float[Tensor, "N T"] | None = None
     classes: Mapping[str, Bool[Tensor, "N T"]] = field(default_factory=dict)  # for the logs
 
     def rows(self, index: Tensor | slice) -> TokenPlan:
@@ -223,12 +235,17 @@ class TokenPlan:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Token values of the rows at hand. `logp` carries the gradient; the others are detached."""
+    """Token values of the rows at hand. `logp`, `entropy` and `full_kl` carry gradients, the others none.
+
+    `entropy` and `full_kl`, the exact KL to the reference over the vocabulary, are there if the objective needs them.
+    """
 
     logp: Float[Tensor, "N T"]
     old_logp: Float[Tensor, "N T"]
     mask: Bool[Tensor, "N T"]
     ref_logp: Float[Tensor, "N T"] | None = None
+    entropy: Float[Tensor, "N T"] | None = None
+    full_kl: Float[Tensor, "N T"] | None = None
 
 
 class Ratio(NamedTuple):
@@ -253,7 +270,29 @@ class Objective(ABC):
     @property
     @abstractmethod
     def needs_reference(self) -> bool:
-        """Whether the loss reads log-probabilities of the frozen reference."""
+        """Whether the loss reads the frozen reference."""
+
+    @property
+    def needs_full_kl(self) -> bool:
+        """Whether the loss reads the exact KL to the reference."""
+        return False
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the loss reads entropies with their gradient."""
+        return False
+
+    def initial_state(self) -> dict[str, float]:
+        """Return what the objective carries into the first rollout batch: nothing, for most."""
+        return {}
+
+    def next_state(self, state: Mapping[str, float], stats: TokenStats) -> dict[str, float]:
+        """Return what it carries on, having seen the statistics of a rollout batch; planned with, and saved."""
+        return dict(state)
+
+    def inert(self, updates_per_rollout: int) -> list[str]:
+        """Say, for each term that cannot act with these settings, why, and which key to change."""
+        return []
 
     @abstractmethod
     def plan(self, stats: TokenStats) -> TokenPlan:
@@ -271,6 +310,6 @@ def _rows(batch: _Batch, index: Tensor | slice) -> _Batch:
     def pick(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: pick(item) for key, item in value.items()}
-        return value[index]
+        return None if value is None else value[index]
 
     return replace(batch, **{f.name: pick(getattr(batch, f.name)) for f in fields(batch)})

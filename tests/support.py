@@ -29,11 +29,12 @@ SMALL = {
 }
 
 
-def arguments(subcommand: str, run_dir: Path, **changes: object) -> list[str]:
-    """The command line of a cut-down quickstart; `__` in a name stands for a dot."""
+def arguments(subcommand: str, run_dir: Path, overlay: Path | None = None, **changes: object) -> list[str]:
+    """The command line of a cut-down quickstart, with a config on top; `__` in a name stands for a dot."""
+    on_top = [] if overlay is None else ["--config", str(overlay)]
     settings = {**SMALL, **{key.replace("__", "."): value for key, value in changes.items()}}
     flags = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
-    return [subcommand, "--config", str(QUICKSTART), "--run_dir", str(run_dir), *flags]
+    return [subcommand, "--config", str(QUICKSTART), *on_top, "--run_dir", str(run_dir), *flags]
 
 
 class TinyPolicy(PolicySource):

@@ -62,7 +62,9 @@ def rollouts(n=4):
 
 def plan(n=4):
     grid = torch.arange(n * 3).view(n, 3)
-    return TokenPlan(grid * 1.0, grid * 2.0, grid * 3.0, grid % 2 == 0, {"low": grid % 3 == 0, "high": grid > 5})
+    return TokenPlan(
+        grid * 1.0, grid * 2.0, grid * 3.0, grid % 2 == 0, classes={"low": grid % 3 == 0, "high": grid > 5}
+    )
 
 
 INDICES = [

@@ -1,68 +1,58 @@
-"""What the objectives share: the loss of a plan, its checks and its metrics."""
+"""What the objectives share: the loss of a plan, and its metrics."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lightning_rlvr.ops.kl import KL_ESTIMATORS, KLEstimator, kl_k3
+from lightning_rlvr.objectives.checks import check, check_choice
+from lightning_rlvr.objectives.surrogates import Clipped, Surrogate
+from lightning_rlvr.ops.kl import KL_ESTIMATORS, kl_k3
 from lightning_rlvr.ops.reduce import Aggregation, token_weights
-from lightning_rlvr.ops.surrogate import clipped_surrogate
-from lightning_rlvr.types import (
-    Objective,
-    ObjectiveOutput,
-    Ratio,
-    TokenBatch,
-    TokenPlan,
-    TokenStats,
-    UserError,
-)
+from lightning_rlvr.types import Objective, ObjectiveOutput, Ratio, TokenBatch, TokenPlan, TokenStats
+
+KLGradient = Literal["k1", "k2", "k3", "full"]
+KLTarget = Literal["reference", "old"]
 
 
 @dataclass(frozen=True)
-class ClippedObjective(Objective):
-    """A clipped surrogate plus a KL penalty to the reference with one weight per token.
+class PolicyObjective(Objective):
+    """A surrogate and up to three penalties, each with one weight per token.
 
-    The loss is sum_t weight_t * (surrogate_t + kl_weight_t * KL_t) with the weights of the plan. A subclass
-    says in `plan` what the KL weights are.
+    The loss of an optimizer step is the sum over its tokens of
+
+        weight_t * ( surrogate_t + kl_weight_t * KL_t + drift_weight_t * |log r_t| - entropy_weight_t * H_t )
+
+    with weights from the plan; the surrogate runs over `policy_mask` only. A subclass says in `plan` what the
+    weights are. Everything but the plan is chosen here, so any selection of tokens goes with any surrogate,
+    estimator and aggregation.
 
     Args:
-        clip_low: the ratio of probabilities is bounded from below by 1 - clip_low.
-        clip_high: and from above by 1 + clip_high.
-        kl_estimator: which estimate of the KL gives the gradient (ops.kl); the value in the logs is always k3.
+        surrogate: the policy term.
         aggregation: how token losses become one number (ops.reduce).
         fixed_length: the tokens that `fixed_length` aggregation divides by.
         scale_by_std: whether a group's advantages are divided by its standard deviation.
+        kl_estimator: which estimate of the KL gives the gradient: k1, k2, k3 of the sampled token (ops.kl), or `full`,
+            the exact KL over the vocabulary. The value in the logs is always k3.
+        kl_to: the policy that the KL holds on to: the frozen `reference`, or the `old` one that sampled.
     """
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl_estimator: KLEstimator = "k3"
+    surrogate: Surrogate = field(default_factory=Clipped)
     aggregation: Aggregation = "sequence_mean"
     fixed_length: int | None = None
     scale_by_std: bool = True
+    kl_estimator: KLGradient = "k3"
+    kl_to: KLTarget = "reference"
 
     def __post_init__(self) -> None:
-        check_choice(self.kl_estimator, "kl_estimator", KLEstimator)
         check_choice(self.aggregation, "aggregation", Aggregation)
-        check(
-            0 < self.clip_low < 1,
-            "clip_low",
-            self.clip_low,
-            "in (0, 1)",
-            "the lower bound of the ratio is 1 - clip_low",
-        )
-        check(
-            self.clip_high > 0,
-            "clip_high",
-            self.clip_high,
-            "positive",
-            "the upper bound of the ratio is 1 + clip_high",
-        )
+        check_choice(self.kl_estimator, "kl_estimator", KLGradient)
+        check_choice(self.kl_to, "kl_to", KLTarget)
         fixed = self.aggregation == "fixed_length"
         check(
             (self.fixed_length or 0) >= 1 if fixed else self.fixed_length is None,
@@ -71,53 +61,114 @@ class ClippedObjective(Objective):
             "a positive number of tokens with aggregation fixed_length, and not given without it",
             "token losses are divided by it",
         )
+        check(
+            (self.kl_estimator, self.kl_to) != ("full", "old"),
+            "kl_estimator",
+            self.kl_estimator,
+            "k1, k2 or k3 with kl_to old",
+            "the whole distribution of the old policy is not kept",
+        )
 
-    def base_plan(self, stats: TokenStats, kl_weight: Tensor, classes: dict[str, Tensor]) -> TokenPlan:
-        """Return a plan in which every counted token takes part, with the given KL weights and classes."""
-        dtype = stats.logp.dtype
+    @property
+    def uses_kl(self) -> bool:
+        """Whether a plan can give any token a KL weight."""
+        return False
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the KL is to the frozen reference."""
+        return self.uses_kl and self.kl_to == "reference"
+
+    @property
+    def needs_full_kl(self) -> bool:
+        """Whether the KL is summed over the vocabulary."""
+        return self.uses_kl and self.kl_estimator == "full"
+
+    def make_plan(
+        self,
+        stats: TokenStats,
+        *,
+        advantage: Tensor | None = None,
+        kept: Tensor | None = None,
+        kl: Tensor | float | None = None,
+        drift: Tensor | None = None,
+        entropy: float | None = None,
+        classes: Mapping[str, Tensor] | None = None,
+    ) -> TokenPlan:
+        """Return a plan from what a subclass decided; by default every counted token takes part alike.
+
+        `kept` are the tokens of the policy gradient, which then also are the denominators.
+        """
+        like = stats.logp
+        if advantage is None:
+            advantage = stats.token_advantage()
+        kept = stats.mask if kept is None else kept & stats.mask
+
+        def weights(value: Tensor | float) -> Tensor:
+            spread = value if isinstance(value, Tensor) else torch.full_like(like, value)
+            return fill(spread.to(like.dtype), stats.mask)
+
         return TokenPlan(
-            advantage=stats.token_advantage().masked_fill(~stats.mask, 0.0),
-            weight=token_weights(stats.mask, stats.update, self.aggregation, self.fixed_length).to(dtype),
-            kl_weight=fill(kl_weight.to(dtype), stats.mask),
-            policy_mask=stats.mask,
-            classes=classes,
+            advantage=fill(advantage, stats.mask).to(like.dtype),
+            weight=token_weights(kept, stats.update, self.aggregation, self.fixed_length).to(like.dtype),
+            kl_weight=weights(0.0 if kl is None else kl),
+            policy_mask=kept,
+            drift_weight=None if drift is None else weights(drift),
+            entropy_weight=None if entropy is None else weights(entropy),
+            classes=dict(classes or {}),
         )
 
     def loss(self, tokens: TokenBatch, plan: TokenPlan) -> ObjectiveOutput:
-        """Sum weight * (clipped surrogate + kl_weight * KL to the reference) over the rows at hand."""
-        logp = fill(tokens.logp, tokens.mask)
-        old_logp = fill(tokens.old_logp, tokens.mask)
-        surrogate = clipped_surrogate(logp, old_logp, plan.advantage, self.clip_low, self.clip_high)
-        policy = surrogate.loss * plan.policy_mask * plan.weight
+        """Sum the surrogate and the penalties over the rows at hand, by the plan's weights."""
+        logp, old_logp = fill(tokens.logp, tokens.mask), fill(tokens.old_logp, tokens.mask)
+        term = self.surrogate(logp, old_logp, plan.advantage, tokens.mask)
+        policy = torch.where(plan.policy_mask, term.loss, 0.0) * plan.weight
         metrics = {
-            "clip_fraction": Ratio((surrogate.clipped & plan.policy_mask).sum(), tokens.mask.sum()),
+            "clip_fraction": Ratio((term.clipped & plan.policy_mask).sum(), tokens.mask.sum()),
             "kl/old": masked_ratio(kl_k3(old_logp, logp.detach()), tokens.mask),
-            "grad_share/policy": gradient_share(policy, tokens),
+            "grad_share/policy": gradient_share(policy, tokens.logp, tokens.mask),
         }
-        if not self.needs_reference:
-            return ObjectiveOutput(policy.sum(), metrics)
-        if tokens.ref_logp is None:
-            raise ValueError("this objective has a KL penalty: it needs ref_logp, the reference's log-probabilities")
-        ref_logp = fill(tokens.ref_logp, tokens.mask)
-        # A token without a KL weight adds nothing, also where its estimate would overflow.
-        held = torch.where(plan.kl_weight == 0, logp.detach(), ref_logp)
-        penalty = KL_ESTIMATORS[self.kl_estimator](logp, held) * plan.kl_weight * plan.weight
-        value = kl_k3(logp.detach(), ref_logp)
-        metrics["kl/all"] = masked_ratio(value, tokens.mask)
-        metrics |= {f"kl/{name}": masked_ratio(value, chosen) for name, chosen in plan.classes.items()}
-        metrics["grad_share/kl"] = gradient_share(penalty, tokens)
-        return ObjectiveOutput((policy + penalty).sum(), metrics)
+        loss = policy.sum()
+        for name, (penalty, source) in self._penalties(tokens, plan, logp, old_logp).items():
+            loss = loss + penalty.sum()
+            metrics[f"grad_share/{name}"] = gradient_share(penalty, source, tokens.mask)
+        if self.uses_kl:
+            value = kl_k3(logp.detach(), self._kl_target(tokens, old_logp))
+            metrics["kl/all"] = masked_ratio(value, tokens.mask)
+            metrics |= {f"kl/{name}": masked_ratio(value, chosen) for name, chosen in plan.classes.items()}
+        return ObjectiveOutput(loss, metrics)
+
+    def _penalties(
+        self, tokens: TokenBatch, plan: TokenPlan, logp: Tensor, old_logp: Tensor
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return by name the weighted penalty of each token, and the tensor through which it pulls."""
+        penalties = {}
+        if self.needs_full_kl:
+            full_kl = given(tokens.full_kl, "full_kl", "the exact KL of each token")
+            penalties["kl"] = (fill(full_kl, tokens.mask) * plan.kl_weight * plan.weight, full_kl)
+        elif self.uses_kl:
+            # A token without a KL weight adds nothing, also where its estimate would overflow.
+            target = torch.where(plan.kl_weight == 0, logp.detach(), self._kl_target(tokens, old_logp))
+            estimate = KL_ESTIMATORS[self.kl_estimator](logp, target)
+            penalties["kl"] = (estimate * plan.kl_weight * plan.weight, tokens.logp)
+        if plan.drift_weight is not None:
+            penalties["drift"] = ((logp - old_logp).abs() * plan.drift_weight * plan.weight, tokens.logp)
+        if plan.entropy_weight is not None:
+            entropy = given(tokens.entropy, "entropy", "the entropy of each token, with its gradient")
+            penalties["entropy"] = (-fill(entropy, tokens.mask) * plan.entropy_weight * plan.weight, entropy)
+        return penalties
+
+    def _kl_target(self, tokens: TokenBatch, old_logp: Tensor) -> Tensor:
+        if self.kl_to == "old":
+            return old_logp
+        return fill(given(tokens.ref_logp, "ref_logp", "the reference's log-probabilities"), tokens.mask)
 
 
-def check(ok: bool, key: str, value: object, rule: str, meaning: str) -> None:
-    """Raise UserError unless `ok`: the constraint, the value, what it means, the key to change."""
-    if not ok:
-        raise UserError(f"{key} must be {rule}, got {value}: {meaning}. Set model.objective.init_args.{key}.")
-
-
-def check_choice(value: str, key: str, choices: object) -> None:
-    """Raise UserError unless `value` is one of the choices of a Literal type."""
-    check(value in get_args(choices), key, value, f"one of {', '.join(get_args(choices))}", "no other is known")
+def given(values: Tensor | None, name: str, meaning: str) -> Tensor:
+    """Return `values`. Raises: ValueError if they were not given."""
+    if values is None:
+        raise ValueError(f"this objective needs {name}, {meaning}")
+    return values
 
 
 def fill(values: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N T"]:
@@ -130,13 +181,13 @@ def masked_ratio(values: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> Rat
     return Ratio(fill(values, mask).sum().detach(), mask.sum())
 
 
-def gradient_share(term: Float[Tensor, "N T"], tokens: TokenBatch) -> Ratio:
-    """Count the tokens whose log-probability gets a non-zero gradient from `term`, of all counted tokens.
+def gradient_share(term: Float[Tensor, "N T"], source: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> Ratio:
+    """Count the tokens that get a non-zero gradient from `term` through `source`, of all counted tokens.
 
-    Measured by differentiating, not by reading the coefficients: a penalty at its minimum has weight but pulls
+    Measured by differentiating, not by reading coefficients: a penalty at its minimum has weight but pulls
     nothing.
     """
     if not term.requires_grad:
-        return Ratio(torch.zeros((), device=term.device), tokens.mask.sum())
-    (gradient,) = torch.autograd.grad(term.sum(), tokens.logp, retain_graph=True)
-    return Ratio((fill(gradient, tokens.mask) != 0).sum(), tokens.mask.sum())
+        return Ratio(torch.zeros((), device=term.device), mask.sum())
+    (gradient,) = torch.autograd.grad(term.sum(), source, retain_graph=True)
+    return Ratio((fill(gradient, mask) != 0).sum(), mask.sum())

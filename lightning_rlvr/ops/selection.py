@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -52,3 +52,28 @@ def highest(values: Float[Tensor, " K"], count: int) -> Bool[Tensor, " K"]:
     [True, False, False, True]
     """
     return lowest(-values, count)
+
+
+def token_lottery(row_id: Int[Tensor, " K"], position: Int[Tensor, " K"]) -> Float[Tensor, " K"]:
+    """Return a number in [0, 1) for each token that is random, and decided by row id and position alone.
+
+    A random pick by these does not depend on layout, padding, number of ranks or generator state. The mixing is
+    SplitMix64's finaliser on a combination of both numbers.
+
+    Source: Steele, Lea and Flood (2014), doi.org/10.1145/2660193.2660195.
+    """
+    x = row_id * _odd(0x9E3779B97F4A7C15) + position * _odd(0xD1342543DE82EF95)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ _shift_right(x, shift)) * _odd(factor)
+    x = x ^ _shift_right(x, 31)
+    return _shift_right(x, 11).double() / 2**53
+
+
+def _odd(value: int) -> int:
+    """Return an unsigned 64-bit constant as the signed number of the same bits; products wrap alike."""
+    return value - 2**64
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Shift as if unsigned: the sign is not repeated."""
+    return torch.bitwise_and(x >> bits, 2 ** (64 - bits) - 1)

@@ -3,7 +3,8 @@
 from lightning_rlvr.rewards.exact import ExactMatch
 from lightning_rlvr.rewards.format import FormatMatch
 from lightning_rlvr.rewards.math import MathAnswer
+from lightning_rlvr.rewards.overlong import SoftOverlong
 from lightning_rlvr.rewards.reasoning_gym import ReasoningGymScore
 from lightning_rlvr.rewards.weighted import Part, WeightedSum
 
-__all__ = ["ExactMatch", "FormatMatch", "MathAnswer", "Part", "ReasoningGymScore", "WeightedSum"]
+__all__ = ["ExactMatch", "FormatMatch", "MathAnswer", "Part", "ReasoningGymScore", "SoftOverlong", "WeightedSum"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lightning_rlvr.rollout.batch import concatenate
 from lightning_rlvr.rollout.sampling import draw, uniforms
 from lightning_rlvr.types import Engine, Rollouts, Sampling
 
@@ -54,11 +54,7 @@ class TransformersEngine(Engine):
             ]
         finally:
             self.model.train(was_training)
-        joined = {f.name: torch.cat([getattr(chunk, f.name) for chunk in chunks]) for f in fields(Rollouts)}
-        length = int(joined["mask"].any(dim=0).sum())  # nobody used the columns after it
-        for name in ("response_ids", "mask", "logp", "entropy"):
-            joined[name] = joined[name][:, :length]
-        return Rollouts(**joined)
+        return concatenate(chunks)
 
     def _decode(
         self,
@@ -95,7 +91,10 @@ class TransformersEngine(Engine):
         truncated = torch.zeros(len(random), dtype=torch.bool, device=device)
         truncated[rows[alive]] = True
         prompt_ids, prompt_mask = (x.to(device).repeat_interleave(samples, dim=0) for x in (prompt_ids, prompt_mask))
-        return Rollouts(prompt_ids, prompt_mask, ids, mask, logp, entropy, truncated)
+        used = slice(0, t + 1)
+        return Rollouts(
+            prompt_ids, prompt_mask, ids[:, used], mask[:, used], logp[:, used], entropy[:, used], truncated
+        )
 
     def _prefill(self, prompt_ids: Tensor, prompt_mask: Tensor, samples: int) -> tuple[Tensor, DynamicCache]:
         from transformers import DynamicCache

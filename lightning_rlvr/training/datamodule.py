@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_rlvr.curriculum import Curriculum, CurriculumSampler, Scoring
 from lightning_rlvr.curriculum import score as scores
-from lightning_rlvr.training.module import PromptBatch
+from lightning_rlvr.training.experience import PromptBatch
 from lightning_rlvr.types import Prompt, Task, UserError
 
 if TYPE_CHECKING:

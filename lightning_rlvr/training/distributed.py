@@ -18,6 +18,15 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def all_ranks(here: bool) -> bool:
+    """Return whether `here` is true on every rank."""
+    if world_size() == 1:
+        return here
+    agreed = torch.tensor(int(here), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+    return bool(agreed)
+
+
 def gather_stats(stats: TokenStats) -> tuple[TokenStats, slice]:
     """Return the statistics of the rows of all ranks, and which of these rows are this rank's.
 
@@ -33,7 +42,10 @@ def gather_stats(stats: TokenStats) -> tuple[TokenStats, slice]:
         raise ValueError(f"ranks must hold equally many rows, got {-int(extremes[1])} to {int(extremes[0])}")
     gathered = {}
     for field in fields(stats):
-        value: Tensor = getattr(stats, field.name)
+        value = getattr(stats, field.name)
+        if not isinstance(value, Tensor):  # the objective's state, the same on all ranks
+            gathered[field.name] = value
+            continue
         if value.dim() == 2:
             value = pad(value, (0, int(extremes[2]) - width))
         sent = value.to(torch.uint8) if value.dtype == torch.bool else value
@@ -55,3 +67,10 @@ def reduce_ratios(ratios: Mapping[str, Ratio]) -> dict[str, float]:
         sums = sums.to(device)
         dist.all_reduce(sums)
     return dict(zip(names, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
+
+
+def add_ratios(sums: dict[str, Ratio], more: Mapping[str, Ratio]) -> None:
+    """Add `more` to `sums` in place, name by name."""
+    for name, (numerator, denominator) in more.items():
+        total, count = sums.get(name, (0.0, 0.0))
+        sums[name] = Ratio(total + numerator, count + denominator)

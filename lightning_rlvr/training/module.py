@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import LightningModule
@@ -19,11 +20,12 @@ from lightning_rlvr.models.forward import response_logp
 from lightning_rlvr.ops.advantages import group_advantages
 from lightning_rlvr.rollout import TransformersEngine, seed_of
 from lightning_rlvr.training.clock import Clock
-from lightning_rlvr.training.distributed import gather_stats, reduce_ratios, world_size
+from lightning_rlvr.training.distributed import add_ratios, gather_stats, reduce_ratios, world_size
+from lightning_rlvr.training.dynamic_sampling import GroupBuffer
+from lightning_rlvr.training.experience import Experience, PromptBatch, describe
 from lightning_rlvr.types import (
     Engine,
     Objective,
-    Prompt,
     Ratio,
     Response,
     Reward,
@@ -33,49 +35,10 @@ from lightning_rlvr.types import (
     TokenPlan,
     TokenStats,
     UserError,
-    Verdict,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class PromptBatch(NamedTuple):
-    """Questions and how many responses to sample for each."""
-
-    prompts: list[Prompt]
-    samples: int
-
-
-class Experience(NamedTuple):
-    """One rollout batch with its verdicts; rows are prompt-major."""
-
-    prompts: list[Prompt]  # one a row
-    rollouts: Rollouts
-    responses: list[Response]
-    verdicts: list[Verdict]
-
-    def samples(self) -> list[dict[str, Any]]:
-        """Return one plain record a row, for tables and files."""
-        entropy = self.rollouts.entropy.sum(1) / self.rollouts.mask.sum(1)
-        lengths = self.rollouts.mask.sum(1)
-        return [
-            {
-                "uid": prompt.uid,
-                "prompt": prompt.text,
-                "gold": prompt.answer,
-                "response": response.text,
-                "answer": verdict.answer,
-                "status": verdict.status.value,
-                "reward": verdict.score,
-                "tokens": int(length),
-                "truncated": response.truncated,
-                "entropy": float(h),
-            }
-            for prompt, response, verdict, length, h in zip(
-                self.prompts, self.responses, self.verdicts, lengths, entropy, strict=True
-            )
-        ]
 
 
 class RLVRModule(LightningModule):
@@ -97,6 +60,8 @@ class RLVRModule(LightningModule):
         updates_per_rollout: optimizer steps on one rollout batch, on disjoint questions.
         micro_batch_size: rows in a forward and backward pass; changes memory and speed only.
         rollout_rows: rows decoded at a time; changes memory and speed only.
+        dynamic_sampling: if not 0, groups whose rewards are all equal are replaced by groups of the next questions,
+            from at most that many rollout batches for one update (DAPO).
         max_grad_norm: bound on the norm of the gradient, null for none.
         pass_at: the k of each pass@k that validation and test report.
         seed: names all randomness of rollouts.
@@ -121,10 +86,16 @@ class RLVRModule(LightningModule):
         micro_batch_size: int = 32,
         rollout_rows: int = 256,
         max_grad_norm: float | None = 1.0,
+        dynamic_sampling: int = 0,
         pass_at: list[int] = [8],  # noqa: B006 - never changed
         seed: int = 1,
     ) -> None:
         super().__init__()
+        if dynamic_sampling < 0:
+            raise UserError(
+                f"dynamic_sampling must be 0 (off) or a number of rollout batches, got {dynamic_sampling}. "
+                "Set model.dynamic_sampling."
+            )
         for key, value in (
             ("updates_per_rollout", updates_per_rollout),
             ("micro_batch_size", micro_batch_size),
@@ -148,7 +119,9 @@ class RLVRModule(LightningModule):
         self.updates_per_rollout, self.micro_batch_size = updates_per_rollout, micro_batch_size
         self.rollout_rows, self.max_grad_norm, self.pass_at = rollout_rows, max_grad_norm, pass_at
         self.seed = seed
-        self.rollouts_done = 0  # rollout batches trained on: names the randomness of the next
+        self.rollouts_done = 0  # rollout batches so far: names the randomness of the next
+        self.groups = GroupBuffer(dynamic_sampling) if dynamic_sampling else None
+        self.objective_state = objective.initial_state()
         self.clock = Clock()
         self.val_metrics, self.test_metrics = EvaluationMetrics(pass_at), EvaluationMetrics(pass_at)
 
@@ -190,7 +163,8 @@ class RLVRModule(LightningModule):
         """Return the texts of the responses, without special tokens."""
         ids = [row[keep].tolist() for row, keep in zip(rollouts.response_ids, rollouts.mask, strict=True)]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [Response(t, cut) for t, cut in zip(texts, rollouts.truncated.tolist(), strict=True)]
+        truncated = rollouts.truncated.tolist()
+        return [Response(text, cut, len(row)) for text, cut, row in zip(texts, truncated, ids, strict=True)]
 
     # --- one training step -----------------------------------------------------------------------
 
@@ -199,16 +173,22 @@ class RLVRModule(LightningModule):
         before = dict(self.clock.seconds)
         with self.clock.part("step"):
             experience = self.experience(batch, self.sampling, f"rollout {self.rollouts_done}")
+            self.rollouts_done += 1
+            if self.groups is not None:
+                full = self.groups.add(experience, batch.samples)
+                if full is None:
+                    return {"samples": []}
+                experience = full
             with self.clock.part("statistics"):
                 stats = self.token_statistics(experience, batch.samples)
-                whole, mine = gather_stats(stats)
-                plan = self.objective.plan(whole).rows(mine)  # entropy and covariance decide the KL masks here
+                plan = self.plan(stats)
             with self.clock.part("reference"):
                 ref_logp = self.reference_logp(experience.rollouts)
             with self.clock.part("update"):
                 metrics = self.update(experience.rollouts, stats, plan, ref_logp)
-        self.rollouts_done += 1
         metrics |= describe(experience, stats, plan, batch.samples)
+        if self.groups is not None:
+            metrics["rollout_batches"] = Ratio(torch.tensor(self.groups.used), torch.tensor(1))
         spent = {name: total - before.get(name, 0.0) for name, total in self.clock.seconds.items()}
         self.log_training(reduce_ratios(metrics), spent, int(stats.mask.sum()))
         return {"samples": experience.samples()}
@@ -223,7 +203,8 @@ class RLVRModule(LightningModule):
         repeated = [prompt for prompt in batch.prompts for _ in range(batch.samples)]
         with self.clock.part("reward"):
             verdicts = self.reward(responses, repeated)
-        return Experience(repeated, rollouts, responses, verdicts)
+        ids = [seed_of(seed, number) for seed in seeds for number in range(batch.samples)]
+        return Experience(repeated, rollouts, responses, verdicts, ids)
 
     @torch.no_grad()
     def token_statistics(self, experience: Experience, group_size: int) -> TokenStats:
@@ -238,20 +219,28 @@ class RLVRModule(LightningModule):
         questions = len(scores)
         updates = min(self.updates_per_rollout, questions)
         update = torch.arange(questions, device=logp.device) * updates // questions
-        row_id = [seed_of(p.uid, i % group_size) for i, p in enumerate(experience.prompts)]
         return TokenStats(
             logp=logp,
             entropy=torch.cat([part.entropy for part in parts if part.entropy is not None]),
             advantage=group_advantages(scores, self.objective.scale_by_std).flatten(),
             mask=rollouts.mask,
-            row_id=torch.tensor(row_id, device=logp.device),
+            row_id=torch.tensor(experience.ids, device=logp.device),
             update=update.repeat_interleave(group_size),
         )
+
+    def plan(self, stats: TokenStats) -> TokenPlan:
+        """Let the objective decide over the rollout batch of all ranks; return its plan for this rank's rows.
+
+        Here entropy and the covariance of advantage and log-probability become KL masks.
+        """
+        whole, mine = gather_stats(stats)
+        self.objective_state = self.objective.next_state(self.objective_state, whole)
+        return self.objective.plan(replace(whole, state=self.objective_state)).rows(mine)
 
     @torch.no_grad()
     def reference_logp(self, rollouts: Rollouts) -> Tensor | None:
         """Return log-probabilities under the frozen reference [N, T], or None if the objective reads none."""
-        if self.reference is None:
+        if not self.objective.needs_reference or self.reference is None:
             return None
         micro_batches = self._micro_batches(len(rollouts.mask))
         temperature = self.sampling.temperature
@@ -270,11 +259,20 @@ class RLVRModule(LightningModule):
             micro_batches = rows_of_update.split(self.micro_batch_size)
             for i, rows in enumerate(micro_batches):
                 part = rollouts.rows(rows)
+                values = response_logp(
+                    self.policy,
+                    part,
+                    self.sampling.temperature,
+                    self.objective.needs_entropy,
+                    self.reference if self.objective.needs_full_kl else None,
+                )
                 tokens = TokenBatch(
-                    logp=response_logp(self.policy, part, self.sampling.temperature).logp,
+                    logp=values.logp,
                     old_logp=stats.logp[rows],
                     mask=part.mask,
                     ref_logp=None if ref_logp is None else ref_logp[rows],
+                    entropy=values.entropy,
+                    full_kl=values.full_kl,
                 )
                 loss, metrics = self.objective.loss(tokens, plan.rows(rows))
                 with self._sync_gradients(i + 1 == len(micro_batches)):
@@ -346,13 +344,14 @@ class RLVRModule(LightningModule):
         return batch
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out the frozen reference, which the policy's source gives again, and keep the rollout count."""
+        """Leave out the frozen reference, which the policy's source gives again; keep what names the next step."""
         weights = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("reference.")}
         checkpoint["rollouts_done"] = self.rollouts_done
+        checkpoint["objective_state"] = self.objective_state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint holds this policy, and take its rollout count."""
+        """Check that the checkpoint holds this policy, and take its counts."""
         missing = {k for k in self.state_dict() if k.startswith("policy.")} - set(checkpoint["state_dict"])
         if missing:
             raise UserError(
@@ -360,43 +359,8 @@ class RLVRModule(LightningModule):
                 "model. Set ckpt_path, or model.policy."
             )
         self.rollouts_done = checkpoint["rollouts_done"]
+        self.objective_state = checkpoint["objective_state"]
 
     def teardown(self, stage: str) -> None:
         """Release the verifier's processes."""
         self.reward.close()
-
-
-def add_ratios(sums: dict[str, Ratio], more: Mapping[str, Ratio]) -> None:
-    """Add `more` to `sums` in place, name by name."""
-    for name, (numerator, denominator) in more.items():
-        total, count = sums.get(name, (0.0, 0.0))
-        sums[name] = Ratio(total + numerator, count + denominator)
-
-
-def describe(experience: Experience, stats: TokenStats, plan: TokenPlan, group_size: int) -> dict[str, Ratio]:
-    """Return the metrics of a rollout batch: rewards, verdicts, lengths, entropy, shares of token classes."""
-    rollouts, verdicts = experience.rollouts, experience.verdicts
-    rows, tokens = torch.tensor(len(verdicts)), stats.mask.sum()
-
-    def of_rows(values: Sequence[float] | Tensor) -> Ratio:
-        return Ratio(torch.as_tensor(values).double().sum(), rows)
-
-    def of_tokens(values: Tensor) -> Ratio:
-        return Ratio(values.masked_fill(~stats.mask, 0).double().sum(), tokens)
-
-    tied = (stats.advantage.view(-1, group_size) == 0).all(dim=1)
-    metrics = {
-        "reward": of_rows([v.score for v in verdicts]),
-        "accuracy": of_rows([float(v.correct) for v in verdicts]),
-        "response_length": of_rows(stats.mask.sum(dim=1)),
-        "truncated": of_rows(rollouts.truncated),
-        "entropy": of_tokens(stats.entropy),
-        "logp_gap": of_tokens((rollouts.logp - stats.logp).abs()),
-        "tied_groups": Ratio(tied.sum(), torch.tensor(len(tied))),
-    }
-    metrics |= {
-        f"status/{s.value}": of_rows([float(v.status is s) for v in verdicts]) for s in type(verdicts[0].status)
-    }
-    metrics |= {f"reward/{part}": of_rows([v.parts[part] for v in verdicts]) for part in verdicts[0].parts}
-    metrics |= {f"share/{name}": of_tokens(chosen) for name, chosen in plan.classes.items()}
-    return metrics

@@ -18,8 +18,8 @@ def cli(cache, monkeypatch):
     """Run a subcommand of the cut-down quickstart in this process."""
     monkeypatch.setenv("LIGHTNING_RLVR_CACHE", str(cache))
 
-    def run(subcommand: str, run_dir: Path, **changes: object) -> Path:
-        main(arguments(subcommand, run_dir, **changes))
+    def run(subcommand: str, run_dir: Path, overlay: Path | None = None, **changes: object) -> Path:
+        main(arguments(subcommand, run_dir, overlay, **changes))
         return run_dir
 
     return run

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,6 @@ from lightning_rlvr.types import UserError
 @pytest.mark.parametrize(
     ("key", "settings"),
     [
-        ("clip_low", {"clip_low": 0.0}),
-        ("clip_low", {"clip_low": 1.0}),
-        ("clip_low", {"clip_low": math.nan}),
-        ("clip_high", {"clip_high": 0.0}),
-        ("clip_high", {"clip_high": -0.1}),
         ("kl_coef", {"kl_coef": -0.1}),
         ("kl_coef", {"kl_coef": math.nan}),
         ("fixed_length", {"aggregation": "fixed_length"}),
@@ -111,7 +107,7 @@ def test_a_batch_without_counted_tokens_gives_zero(make, evaluate):
 
 def test_the_plan_keeps_the_width_of_the_statistics(make):
     stats = make([[-1.0]]).stats
-    half = type(stats)(**{k: v.float() if v.is_floating_point() else v for k, v in vars(stats).items()})
+    half = replace(stats, logp=stats.logp.float(), entropy=stats.entropy.float(), advantage=stats.advantage.float())
     assert {x.dtype for x in (GRPO().plan(half).weight, GRPO().plan(half).kl_weight)} == {torch.float32}
     assert {x.dtype for x in (GRPO().plan(stats).weight, GRPO().plan(stats).kl_weight)} == {torch.float64}
 

@@ -9,12 +9,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lightning_rlvr.objectives import GRPO, SENT
+from lightning_rlvr.objectives import GRPO, SENT, Clipped
 
 SENT_SETTINGS = {"low_entropy_quantile": 0.6, "high_cov_fraction": 0.4, "beta_low": 0.25, "beta_high": 1.5}
 OBJECTIVES = {
     "grpo": GRPO(),
-    "grpo_kl_token_mean": GRPO(kl_coef=0.5, clip_high=0.28, aggregation="token_mean"),
+    "grpo_kl_token_mean": GRPO(surrogate=Clipped(high=0.28), kl_coef=0.5, aggregation="token_mean"),
     "sent": SENT(**SENT_SETTINGS),
     "sent_scope_fixed_k2": SENT(
         **SENT_SETTINGS,
@@ -184,7 +184,7 @@ def test_gradient_shares_and_clip_fraction_count_tokens_by_definition(batches, e
     got = evaluate(objective, batch)
     tokens, a = batch.tokens, batch.stats.token_advantage()
     ratio = (tokens.logp - tokens.old_logp).exp()
-    clipped = ((a > 0) & (ratio > 1 + objective.clip_high)) | ((a < 0) & (ratio < 1 - objective.clip_low))
+    clipped = ((a > 0) & (ratio > 1 + objective.surrogate.high)) | ((a < 0) & (ratio < 1 - objective.surrogate.low))
     count = int(tokens.mask.sum())
     assert_share(got.metrics["clip_fraction"], clipped & tokens.mask, count)
     assert_share(got.metrics["grad_share/policy"], (a != 0) & ~clipped & tokens.mask, count)

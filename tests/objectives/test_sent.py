@@ -16,7 +16,6 @@ from lightning_rlvr.types import UserError
         ("beta_low", {"beta_low": -0.1}),
         ("beta_high", {"beta_low": 0.3, "beta_high": 0.2}),
         ("beta_high", {"beta_high": math.nan}),
-        ("clip_low", {"clip_low": 1.5}),
         ("fixed_length", {"fixed_length": 3}),
     ],
 )

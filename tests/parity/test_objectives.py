@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from lightning_rlvr.objectives import GRPO, SENT
+from lightning_rlvr.objectives import GRPO, SENT, Clipped
 
 KL = {  # value, derivative in logp, of d = ref_logp - logp
     "k1": (lambda d: -d, lambda d: 1.0),
@@ -95,7 +95,7 @@ def test_the_loop_agrees_with_its_own_finite_differences(batch, kl):
 @pytest.mark.parametrize(("aggregation", "length"), AGGREGATIONS)
 @pytest.mark.parametrize("clip", [(0.2, 0.2), (0.1, 0.28)])
 def test_grpo_without_kl(batch, aggregation, length, clip):
-    objective = GRPO(clip_low=clip[0], clip_high=clip[1], aggregation=aggregation, fixed_length=length)
+    objective = GRPO(surrogate=Clipped(*clip), aggregation=aggregation, fixed_length=length)
     agrees(batch, objective, {}, clip=clip, aggregation=aggregation, length=length)
 
 
@@ -145,7 +145,7 @@ def test_sent_loss_in_every_estimator_and_aggregation(batch, aggregation, length
         high_cov_fraction=0.4,
         beta_low=0.25,
         beta_high=1.5,
-        clip_high=0.28,
+        surrogate=Clipped(high=0.28),
         kl_estimator=kl,
         aggregation=aggregation,
         fixed_length=length,

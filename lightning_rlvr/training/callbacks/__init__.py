@@ -2,9 +2,18 @@
 
 from lightning_rlvr.training.callbacks.evaluate_ends import EvaluateEnds
 from lightning_rlvr.training.callbacks.export import ExportPolicy
+from lightning_rlvr.training.callbacks.inert import InertTerms
 from lightning_rlvr.training.callbacks.interrupt import InterruptBetweenSteps
 from lightning_rlvr.training.callbacks.predictions import PredictionWriter
 from lightning_rlvr.training.callbacks.sample_table import SampleTable
 from lightning_rlvr.training.callbacks.summary import RunSummary
 
-__all__ = ["EvaluateEnds", "ExportPolicy", "InterruptBetweenSteps", "PredictionWriter", "RunSummary", "SampleTable"]
+__all__ = [
+    "EvaluateEnds",
+    "ExportPolicy",
+    "InertTerms",
+    "InterruptBetweenSteps",
+    "PredictionWriter",
+    "RunSummary",
+    "SampleTable",
+]

@@ -40,6 +40,8 @@ class RunSummary(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take the step's entropy and count its tokens."""
+        if not outputs["samples"]:  # dynamic sampling is still collecting
+            return
         self._entropy.append(float(trainer.callback_metrics["train/entropy"]))
         self._tokens += sum(sample["tokens"] for sample in outputs["samples"])
 

@@ -1,0 +1,83 @@
+"""One rollout batch: the questions, what was sampled, what it was worth, and the metrics of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_rlvr.types import Prompt, Ratio, Response, Rollouts, Status, TokenPlan, TokenStats, Verdict
+
+
+class PromptBatch(NamedTuple):
+    """Questions and how many responses to sample for each."""
+
+    prompts: list[Prompt]
+    samples: int
+
+
+class Experience(NamedTuple):
+    """One rollout batch with its verdicts; rows are prompt-major."""
+
+    prompts: list[Prompt]  # one a row
+    rollouts: Rollouts
+    responses: list[Response]
+    verdicts: list[Verdict]
+    ids: list[int]  # unique: by run, rollout batch, question and number of the response
+
+    def rows(self, part: slice) -> Experience:
+        """Return the given rows."""
+        return Experience(
+            self.prompts[part], self.rollouts.rows(part), self.responses[part], self.verdicts[part], self.ids[part]
+        )
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Return one plain record a row, for tables and files."""
+        entropy = self.rollouts.entropy.sum(1) / self.rollouts.mask.sum(1)
+        lengths = self.rollouts.mask.sum(1)
+        return [
+            {
+                "uid": prompt.uid,
+                "prompt": prompt.text,
+                "gold": prompt.answer,
+                "response": response.text,
+                "answer": verdict.answer,
+                "status": verdict.status.value,
+                "reward": verdict.score,
+                "tokens": int(length),
+                "truncated": response.truncated,
+                "entropy": float(h),
+            }
+            for prompt, response, verdict, length, h in zip(
+                self.prompts, self.responses, self.verdicts, lengths, entropy, strict=True
+            )
+        ]
+
+
+def describe(experience: Experience, stats: TokenStats, plan: TokenPlan, group_size: int) -> dict[str, Ratio]:
+    """Return the metrics of a rollout batch: rewards, verdicts, lengths, entropy, shares of token classes."""
+    rollouts, verdicts = experience.rollouts, experience.verdicts
+    rows, tokens = torch.tensor(len(verdicts)), stats.mask.sum()
+
+    def of_rows(values: Sequence[float] | Tensor) -> Ratio:
+        return Ratio(torch.as_tensor(values).double().sum(), rows)
+
+    def of_tokens(values: Tensor) -> Ratio:
+        return Ratio(values.masked_fill(~stats.mask, 0).double().sum(), tokens)
+
+    tied = (stats.advantage.view(-1, group_size) == 0).all(dim=1)
+    metrics = {
+        "reward": of_rows([v.score for v in verdicts]),
+        "accuracy": of_rows([float(v.correct) for v in verdicts]),
+        "response_length": of_rows(stats.mask.sum(dim=1)),
+        "truncated": of_rows(rollouts.truncated),
+        "entropy": of_tokens(stats.entropy),
+        "logp_gap": of_tokens((rollouts.logp - stats.logp).abs()),
+        "tied_groups": Ratio(tied.sum(), torch.tensor(len(tied))),
+    }
+    metrics |= {f"status/{s.value}": of_rows([float(v.status is s) for v in verdicts]) for s in Status}
+    metrics |= {f"reward/{part}": of_rows([v.parts[part] for v in verdicts]) for part in verdicts[0].parts}
+    metrics |= {f"share/{name}": of_tokens(chosen) for name, chosen in plan.classes.items()}
+    return metrics

@@ -1,0 +1,322 @@
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from support import Counting, ManyVowels, TinyPolicy
+
+from lightning_rlvr.curriculum.score import (
+    Scoring,
+    cache_path,
+    manifest,
+    read_scores,
+    score_questions,
+    write_scores,
+)
+from lightning_rlvr.models.chat import PromptFormat
+from lightning_rlvr.ops.semantic_entropy import cluster_answers, semantic_entropy
+from lightning_rlvr.rollout import TransformersEngine
+from lightning_rlvr.types import Prompt, Response, Status, UserError, Verdict
+
+COLUMNS = [
+    "uid",
+    "semantic_entropy_discrete",
+    "semantic_entropy_rao_blackwell",
+    "semantic_entropy_likelihood",
+    "clusters",
+    "pass_rate",
+    "mean_token_entropy",
+    "mean_length",
+    "truncated",
+    "unparsable",
+    "answers",
+    "correct",
+    "logp",
+    "length",
+]
+SCORING = Scoring(samples=5, prompts_per_batch=3)
+MAX_NEW_TOKENS = 10
+
+
+class VowelsUpToThree(ManyVowels):
+    """Finds no answer in a response without vowels; 1 and 2 vowels mean the same."""
+
+    def _judge(self, text):
+        verdict = super()._judge(text)
+        return replace(verdict, status=Status.UNPARSABLE, answer=None) if verdict.answer == "0" else verdict
+
+    def equivalent(self, pairs):
+        return [{a, b} == {"1", "2"} for a, b in pairs]
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Score questions by the tiny policy in float64; keyword arguments replace what is used."""
+    policy = TinyPolicy(0, "float64").load()
+    with torch.no_grad():
+        policy.model.lm_head.weight.mul_(15)
+    engine = TransformersEngine(policy.model, range(1, 20), pad_id=0)
+
+    def decode(rollouts):
+        return [
+            Response(policy.tokenizer.decode(ids[mask], skip_special_tokens=True), bool(truncated))
+            for ids, mask, truncated in zip(rollouts.response_ids, rollouts.mask, rollouts.truncated, strict=True)
+        ]
+
+    def score(prompts=None, reward=None, scoring=SCORING, seed=0):
+        return score_questions(
+            Counting(7).load() if prompts is None else prompts,
+            lambda text: PromptFormat().encode(policy.tokenizer, text),
+            decode,
+            engine,
+            reward or VowelsUpToThree(),
+            scoring,
+            MAX_NEW_TOKENS,
+            seed,
+        )
+
+    return score
+
+
+@pytest.fixture(scope="module")
+def scores(run):
+    return run()
+
+
+def assert_same(got, expected):
+    """Equal, but for a rounding in what is recorded in float32."""
+    pd.testing.assert_frame_equal(got.reset_index(drop=True), expected.reset_index(drop=True), rtol=1e-5, atol=1e-6)
+
+
+# --- scores ----------------------------------------------------------------------------------------
+
+
+def test_one_row_a_question_in_the_order_given(scores):
+    assert list(scores.columns) == COLUMNS
+    assert scores["uid"].tolist() == [f"count:{i}" for i in range(7)]
+    for column in ("answers", "correct", "logp", "length"):
+        assert scores[column].map(len).tolist() == [5] * 7
+
+
+def test_entropies_follow_from_the_samples_stored_beside_them(scores):
+    together = VowelsUpToThree()
+    for row in scores.to_dict("records"):
+        labels = cluster_answers(row["answers"], lambda a, b: together.equivalent([(a, b)])[0])
+        assert row["clusters"] == len(set(labels))
+        masses = {
+            "discrete": [1.0] * 5,
+            "rao_blackwell": [math.exp(x / n) for x, n in zip(row["logp"], row["length"], strict=True)],
+            "likelihood": [math.exp(x) for x in row["logp"]],
+        }
+        for name, mass in masses.items():
+            p = [sum(m for m, k in zip(mass, labels, strict=True) if k == c) / sum(mass) for c in set(labels)]
+            expected = -sum(q * math.log(q) for q in p)
+            assert row[f"semantic_entropy_{name}"] == pytest.approx(expected, abs=1e-12)
+            logp, length = torch.tensor(row["logp"], dtype=torch.float64), torch.tensor(row["length"])
+            assert row[f"semantic_entropy_{name}"] == semantic_entropy(torch.tensor(labels), logp, length, name)
+    assert scores["semantic_entropy_discrete"].nunique() > 2
+    assert scores["clusters"].min() < scores["clusters"].max()
+
+
+def test_rates_and_counts_follow_from_the_samples(scores):
+    for row in scores.to_dict("records"):
+        assert row["unparsable"] == row["answers"].count(None)
+        assert row["pass_rate"] == row["correct"].count(True) / 5
+        assert row["mean_length"] == sum(row["length"]) / 5
+        assert 0 <= row["truncated"] <= row["length"].count(MAX_NEW_TOKENS)
+        assert all(1 <= n <= MAX_NEW_TOKENS for n in row["length"])
+        # an unparsable answer is not correct, whatever its score
+        assert not any(ok for ok, answer in zip(row["correct"], row["answers"], strict=True) if answer is None)
+        assert 0 < row["mean_token_entropy"] < math.log(98)
+        assert all(x < 0 for x in row["logp"])
+    assert 0 < scores["unparsable"].sum() < 35
+    assert 0 < scores["truncated"].sum() < 35
+
+
+def test_unparsable_answers_may_be_one_cluster(run, scores):
+    got = run(scoring=replace(SCORING, unparsable="one_cluster"))
+    assert got["answers"].tolist() == scores["answers"].tolist()
+    extra = (scores["unparsable"] - 1).clip(lower=0)
+    assert extra.max() > 0
+    assert (scores["clusters"] - got["clusters"]).tolist() == extra.tolist()
+
+
+def test_the_same_again(run, scores):
+    torch.manual_seed(5)
+    pd.testing.assert_frame_equal(run(), scores)
+
+
+def test_another_seed_samples_anew(run, scores):
+    assert run(seed=1)["logp"].tolist() != scores["logp"].tolist()
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 100])
+def test_prompts_per_batch_changes_no_score(run, scores, size):
+    assert_same(run(scoring=replace(SCORING, prompts_per_batch=size)), scores)
+
+
+def test_the_order_of_questions_changes_no_score(run, scores):
+    order = [4, 0, 6, 2, 1, 5, 3]
+    questions = Counting(7).load()
+    assert_same(run([questions[i] for i in order]), scores.iloc[order])
+
+
+def test_a_score_depends_on_the_uid_and_the_text(run, scores):
+    question = Counting(1).load()[0]
+    assert_same(run([question]), scores.iloc[:1])
+    assert run([replace(question, uid="other")])["logp"].tolist() != scores["logp"][:1].tolist()
+    assert run([replace(question, text="9+9=")])["logp"].tolist() != scores["logp"][:1].tolist()
+
+
+def test_temperature_reaches_the_sampling(run):
+    cold, hot = (run(scoring=replace(SCORING, temperature=t))["mean_token_entropy"].mean() for t in (0.2, 3.0))
+    assert cold < 1.0
+    assert hot > 3.5
+
+
+def test_the_reward_is_asked_about_the_question_of_each_response(run):
+    asked = []
+
+    class Asked(ManyVowels):
+        def __call__(self, responses, prompts):
+            assert len(responses) == len(prompts)
+            asked.extend(prompt.uid for prompt in prompts)
+            return [Verdict(1.0, Status.CORRECT, "1") for _ in prompts]
+
+    got = run(reward=Asked())
+    assert asked == [f"count:{i}" for i in range(7) for _ in range(5)]
+    assert got["pass_rate"].tolist() == [1.0] * 7
+    for column in ("semantic_entropy_discrete", "semantic_entropy_rao_blackwell", "semantic_entropy_likelihood"):
+        assert got[column].tolist() == [0.0] * 7
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("samples", 1), ("prompts_per_batch", 0), ("temperature", 0.0), ("temperature", -1.0)]
+)
+def test_bad_settings_name_the_key(key, value):
+    with pytest.raises(UserError, match=rf"^{key} must be .*{value}.* Set data\.scoring\.{key}\.$"):
+        Scoring(**{key: value})
+
+
+# --- manifest and cache ----------------------------------------------------------------------------
+
+
+def about(**changes):
+    prompts = changes.pop("prompts", Counting(7).load())
+    scoring = changes.pop("scoring", SCORING)
+    settings = {
+        "policy": "tiny",
+        "prompt_format": "PromptFormat()",
+        "reward": "ManyVowels()",
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "seed": 0,
+    }
+    return manifest(prompts, scoring=scoring, **{**settings, **changes})
+
+
+DIFFERENT = [
+    {"policy": "other"},
+    {"prompt_format": "PromptFormat(system='a')"},
+    {"reward": "Exact()"},
+    {"max_new_tokens": 11},
+    {"seed": 1},
+    {"scoring": replace(SCORING, samples=6)},
+    {"scoring": replace(SCORING, temperature=0.9)},
+    {"scoring": replace(SCORING, unparsable="one_cluster")},
+    {"prompts": Counting(8).load()},
+    {"prompts": Counting(7, start=1).load()},
+    {"prompts": Counting(7).load()[::-1]},
+    {"prompts": [*Counting(6).load(), Prompt("count:6", "6=", "another answer")]},
+    {"prompts": [*Counting(6).load(), Prompt("count:6", "another text", "6")]},
+]
+
+
+def test_the_cache_has_a_place_for_each_manifest(tmp_path):
+    paths = [cache_path(tmp_path, about(**changes)) for changes in [{}, *DIFFERENT]]
+    assert len(set(paths)) == len(paths)
+    assert {path.parent for path in paths} == {tmp_path}
+
+
+def test_what_changes_no_score_changes_no_place(tmp_path):
+    same = about(scoring=replace(SCORING, prompts_per_batch=99, file="somewhere.parquet"))
+    assert same == about()
+    assert cache_path(tmp_path, same) == cache_path(tmp_path, about())
+    assert cache_path(tmp_path, dict(reversed(about().items()))) == cache_path(tmp_path, about())
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+
+def test_round_trip(tmp_path, scores):
+    path = tmp_path / "deep" / "down" / "scores.parquet"
+    write_scores(scores, path, about())
+    got = read_scores(path, about())
+    for column in ("answers", "correct", "logp", "length"):
+        got[column] = got[column].map(list)
+    pd.testing.assert_frame_equal(got, scores)
+    assert [p.name for p in path.parent.iterdir()] == ["scores.parquet"]  # no half-written file stays
+
+
+def test_writing_again_replaces(tmp_path, scores):
+    path = tmp_path / "scores.parquet"
+    write_scores(scores, path, about())
+    write_scores(scores.iloc[:2], path, about(seed=1))
+    assert len(read_scores(path, about(seed=1))) == 2
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, scores, monkeypatch):
+    path = tmp_path / "scores.parquet"
+    write_scores(scores, path, about())
+
+    def full(table, where):
+        where.write_bytes(b"half a file")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(OSError, match="no space"):
+        write_scores(scores, path, about(seed=1))
+    assert len(read_scores(path, about())) == 7
+
+
+def test_scores_can_be_read_by_others(tmp_path, scores):
+    path = tmp_path / "scores.parquet"
+    write_scores(scores, path, about())
+    assert pd.read_parquet(path)["uid"].tolist() == scores["uid"].tolist()
+    assert json.loads(pq.read_schema(path).metadata[b"manifest"]) == about()
+
+
+@pytest.mark.parametrize("changes", DIFFERENT, ids=lambda x: next(iter(x)))
+def test_scores_of_something_else_are_refused_and_the_difference_is_named(tmp_path, scores, changes):
+    path = tmp_path / "scores.parquet"
+    write_scores(scores, path, about())
+    wanted = about(**changes)
+    with pytest.raises(UserError, match="made for something else") as caught:
+        read_scores(path, wanted)
+    lines = [line.strip() for line in str(caught.value).splitlines()[1:-1]]
+    stored = about()
+    assert lines == [
+        f"{key}: the file has {stored[key]!r}, this run {wanted[key]!r}" for key in wanted if stored[key] != wanted[key]
+    ]
+    assert lines
+    assert str(path) in str(caught.value)
+
+
+def test_a_parquet_file_that_holds_no_scores_is_refused(tmp_path):
+    path = tmp_path / "other.parquet"
+    pq.write_table(pa.table({"a": np.arange(3)}), path)
+    with pytest.raises(UserError, match="policy: the file has None, this run 'tiny'"):
+        read_scores(path, about())
+
+
+@pytest.mark.parametrize("content", [None, b"", b"uid,score\n1,2\n", b"PAR1 nothing else PAR1"])
+def test_what_is_missing_or_no_parquet_file_is_refused(tmp_path, content):
+    path = tmp_path / "scores.parquet"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot read the scores .*scores\.parquet.*Set data\.scoring\.file, or null"):
+        read_scores(path, about())
