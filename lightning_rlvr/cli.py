@@ -12,7 +12,9 @@ import lightning
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_rlvr import compare
 from lightning_rlvr.training import RLVRDataModule, RLVRModule, Trainer
 from lightning_rlvr.training.callbacks import (
     EvaluateEnds,
@@ -22,6 +24,8 @@ from lightning_rlvr.training.callbacks import (
     PredictionWriter,
     RunSummary,
     SampleTable,
+    SaveRollouts,
+    TokenLedger,
 )
 from lightning_rlvr.types import UserError
 
@@ -73,6 +77,8 @@ class RLVRCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.every_n_train_steps": 10})
         parser.add_lightning_class_args(SampleTable, "samples")
+        parser.add_lightning_class_args(SaveRollouts, "save_rollouts")
+        parser.add_lightning_class_args(TokenLedger, "ledger")
 
     def before_instantiate_classes(self) -> None:
         """Claim the run's folder, and point the loggers there unless others are configured."""
@@ -140,9 +146,13 @@ def main(args: list[str] | None = None) -> None:
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     ):
         warnings.filterwarnings("ignore", message=harmless)
+    args = sys.argv[1:] if args is None else args
     try:
-        RLVRCLI(args)
-    except UserError as error:
+        if args[:1] == ["compare"]:
+            compare.main(args[1:])
+        else:
+            RLVRCLI(args)
+    except (UserError, MisconfigurationException) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
     except KeyboardInterrupt:  # before the trainer has started, which handles it itself

@@ -256,10 +256,11 @@ class Ratio(NamedTuple):
 
 
 class ObjectiveOutput(NamedTuple):
-    """The loss summed over the rows at hand, in the plan's weights, and its metrics."""
+    """The loss summed over the rows at hand, in the plan's weights, its metrics, and the tokens that were clipped."""
 
     loss: Float[Tensor, ""]
     metrics: dict[str, Ratio]
+    clipped: Bool[Tensor, "N T"]
 
 
 class Objective(ABC):

@@ -68,6 +68,8 @@ class Curriculum:
         else:
             key = scores[f"semantic_entropy_{self.estimator}"].to_numpy()
             key = -key if self.order == "descending" else key
+        if np.isnan(key).any():
+            raise ValueError(f"{np.isnan(key).sum()} questions have a nan score: they have no place in the order")
         # Estimates that are equal in exact arithmetic may differ by a rounding: 1e-9 nats is not a difference.
         return np.array_split(np.lexsort((tie, key.round(9))), self.stages)
 
@@ -103,6 +105,11 @@ class CurriculumSampler(Sampler[list[int]]):
             raise UserError(
                 f"prompts_per_batch must be at least the number of processes ({world}), got {batch_size}: "
                 "each needs a question. Set data.prompts_per_batch."
+            )
+        if min(map(len, stages)) < world:
+            raise UserError(
+                f"each stage must have a question for each process ({world}), got {[len(s) for s in stages]}. "
+                "Set data.curriculum.stages or trainer.devices."
             )
         self.rank, self.world, self.start = rank, world, start
         self.batches: list[tuple[int, list[int]]] = []  # (stage, questions over all ranks)

@@ -163,10 +163,11 @@ def read_scores(path: Path, about: dict[str, Any]) -> pd.DataFrame:
 
     try:
         table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
+        stored = json.loads((table.schema.metadata or {}).get(b"manifest", b"{}"))
+    except (OSError, pa.ArrowInvalid, json.JSONDecodeError) as error:
         raise UserError(f"cannot read the scores {path}: {error}. Set data.scoring.file, or null to score.") from error
-    stored = json.loads((table.schema.metadata or {}).get(b"manifest", b"{}"))
-    differing = {key: (stored.get(key), about[key]) for key in about if stored.get(key) != about[key]}
+    keys = dict.fromkeys([*about, *stored])
+    differing = {key: (stored.get(key), about.get(key)) for key in keys if stored.get(key) != about.get(key)}
     if differing:
         lines = "\n".join(f"  {key}: the file has {a!r}, this run {b!r}" for key, (a, b) in differing.items())
         raise UserError(

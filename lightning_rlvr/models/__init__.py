@@ -3,6 +3,6 @@
 from lightning_rlvr.models.chat import PromptFormat
 from lightning_rlvr.models.embedded import Embedded
 from lightning_rlvr.models.pretrained import Pretrained
-from lightning_rlvr.models.source import Policy, PolicySource
+from lightning_rlvr.models.source import Policy, PolicySource, finish_model
 
-__all__ = ["Embedded", "Policy", "PolicySource", "Pretrained", "PromptFormat"]
+__all__ = ["Embedded", "Policy", "PolicySource", "Pretrained", "PromptFormat", "finish_model"]

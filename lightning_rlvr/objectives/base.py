@@ -122,9 +122,10 @@ class PolicyObjective(Objective):
         """Sum the surrogate and the penalties over the rows at hand, by the plan's weights."""
         logp, old_logp = fill(tokens.logp, tokens.mask), fill(tokens.old_logp, tokens.mask)
         term = self.surrogate(logp, old_logp, plan.advantage, tokens.mask)
+        clipped = term.clipped & plan.policy_mask
         policy = torch.where(plan.policy_mask, term.loss, 0.0) * plan.weight
         metrics = {
-            "clip_fraction": Ratio((term.clipped & plan.policy_mask).sum(), tokens.mask.sum()),
+            "clip_fraction": Ratio(clipped.sum(), tokens.mask.sum()),
             "kl/old": masked_ratio(kl_k3(old_logp, logp.detach()), tokens.mask),
             "grad_share/policy": gradient_share(policy, tokens.logp, tokens.mask),
         }
@@ -136,7 +137,7 @@ class PolicyObjective(Objective):
             value = kl_k3(logp.detach(), self._kl_target(tokens, old_logp))
             metrics["kl/all"] = masked_ratio(value, tokens.mask)
             metrics |= {f"kl/{name}": masked_ratio(value, chosen) for name, chosen in plan.classes.items()}
-        return ObjectiveOutput(loss, metrics)
+        return ObjectiveOutput(loss, metrics, clipped)
 
     def _penalties(
         self, tokens: TokenBatch, plan: TokenPlan, logp: Tensor, old_logp: Tensor

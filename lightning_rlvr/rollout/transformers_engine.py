@@ -40,6 +40,8 @@ class TransformersEngine(Engine):
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], samples: int, sampling: Sampling
     ) -> Rollouts:
         """Sample `samples` responses to each prompt: see Engine.generate."""
+        if len(seeds) != len(prompts) or samples < 1:
+            raise ValueError(f"got {len(prompts)} prompts, {len(seeds)} seeds and {samples} samples for each prompt")
         prompt_ids, prompt_mask = left_pad(prompts, self.pad_id)
         random = torch.stack([uniforms(seed, samples, sampling.max_new_tokens) for seed in seeds])
         per_chunk = max(1, self.max_rows // samples)
@@ -67,7 +69,8 @@ class TransformersEngine(Engine):
         samples, random = random.shape[1], random.flatten(0, 1).to(device)
         ids = torch.full(random.shape, self.pad_id, device=device)
         mask = torch.zeros(random.shape, dtype=torch.bool, device=device)
-        logp, entropy = (torch.zeros(random.shape, device=device) for _ in range(2))
+        width = torch.float64 if self.model.dtype == torch.float64 else torch.float32
+        logp, entropy = (torch.zeros(random.shape, dtype=width, device=device) for _ in range(2))
 
         logits, cache = self._prefill(prompt_ids.to(device), prompt_mask.to(device), samples)
         seen = prompt_mask.to(device).repeat_interleave(samples, dim=0)

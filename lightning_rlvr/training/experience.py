@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from lightning import Callback
 from torch import Tensor
 
 from lightning_rlvr.types import Prompt, Ratio, Response, Rollouts, Status, TokenPlan, TokenStats, Verdict
+
+if TYPE_CHECKING:
+    from lightning_rlvr.training.module import RLVRModule
 
 
 class PromptBatch(NamedTuple):
@@ -54,6 +58,26 @@ class Experience(NamedTuple):
                 self.prompts, self.responses, self.verdicts, lengths, entropy, strict=True
             )
         ]
+
+
+class StepRecord(NamedTuple):
+    """All that was known of a rollout batch when its updates began; of this rank's rows."""
+
+    experience: Experience
+    stats: TokenStats
+    plan: TokenPlan
+    ref_logp: Tensor | None
+    group_size: int
+
+
+class StepObserver(Callback):
+    """A callback that is shown each rollout batch. Subclasses override what they need."""
+
+    def on_planned(self, module: RLVRModule, record: StepRecord) -> None:
+        """See a rollout batch before the policy is updated on it."""
+
+    def on_updated(self, module: RLVRModule, record: StepRecord, clipped: Tensor) -> None:
+        """See it after its updates; `clipped` [N, T] marks tokens whose gradient the clip had cut."""
 
 
 def describe(experience: Experience, stats: TokenStats, plan: TokenPlan, group_size: int) -> dict[str, Ratio]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
@@ -22,7 +22,7 @@ from lightning_rlvr.rollout import TransformersEngine, seed_of
 from lightning_rlvr.training.clock import Clock
 from lightning_rlvr.training.distributed import add_ratios, gather_stats, reduce_ratios, world_size
 from lightning_rlvr.training.dynamic_sampling import GroupBuffer
-from lightning_rlvr.training.experience import Experience, PromptBatch, describe
+from lightning_rlvr.training.experience import Experience, PromptBatch, StepObserver, StepRecord, describe
 from lightning_rlvr.types import (
     Engine,
     Objective,
@@ -184,8 +184,15 @@ class RLVRModule(LightningModule):
                 plan = self.plan(stats)
             with self.clock.part("reference"):
                 ref_logp = self.reference_logp(experience.rollouts)
+            record = StepRecord(experience, stats, plan, ref_logp, batch.samples)
+            callbacks: list[Callback] = getattr(self.trainer, "callbacks")  # noqa: B009 - set where types do not see it
+            observers = [callback for callback in callbacks if isinstance(callback, StepObserver)]
+            for observer in observers:
+                observer.on_planned(self, record)
             with self.clock.part("update"):
-                metrics = self.update(experience.rollouts, stats, plan, ref_logp)
+                metrics, clipped = self.update(experience.rollouts, stats, plan, ref_logp)
+            for observer in observers:
+                observer.on_updated(self, record, clipped)
         metrics |= describe(experience, stats, plan, batch.samples)
         if self.groups is not None:
             metrics["rollout_batches"] = Ratio(torch.tensor(self.groups.used), torch.tensor(1))
@@ -248,11 +255,12 @@ class RLVRModule(LightningModule):
 
     def update(
         self, rollouts: Rollouts, stats: TokenStats, plan: TokenPlan, ref_logp: Tensor | None
-    ) -> dict[str, Ratio]:
-        """Take the optimizer steps of one rollout batch and return the metrics of its tokens."""
+    ) -> tuple[dict[str, Ratio], Tensor]:
+        """Take the optimizer steps of one rollout batch; return the metrics of its tokens and which were clipped."""
         optimizer = cast(LightningOptimizer, self.optimizers())
         schedule = cast(torch.optim.lr_scheduler.LRScheduler | None, self.lr_schedulers())
         sums: dict[str, Ratio] = {}
+        clipped = torch.zeros_like(stats.mask)
         for number in range(int(stats.update.max()) + 1):
             optimizer.zero_grad()
             rows_of_update = (stats.update == number).nonzero().squeeze(-1)
@@ -274,7 +282,7 @@ class RLVRModule(LightningModule):
                     entropy=values.entropy,
                     full_kl=values.full_kl,
                 )
-                loss, metrics = self.objective.loss(tokens, plan.rows(rows))
+                loss, metrics, clipped[rows] = self.objective.loss(tokens, plan.rows(rows))
                 with self._sync_gradients(i + 1 == len(micro_batches)):
                     self.manual_backward(loss * world_size())  # ranks average gradients; the plan's weights sum
                 add_ratios(sums, {**metrics, "loss": Ratio(loss.detach(), loss.new_ones(()))})
@@ -286,7 +294,7 @@ class RLVRModule(LightningModule):
                 schedule.step()
         # A step's loss is the sum over its micro-batches and over ranks, not their mean.
         sums["loss"] = Ratio(sums["loss"].numerator * world_size(), sums["grad_norm"].denominator)
-        return sums
+        return sums, clipped
 
     def _micro_batches(self, rows: int) -> tuple[Tensor, ...]:
         return torch.arange(rows, device=self.device).split(self.micro_batch_size)

@@ -3,7 +3,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lightning_rlvr.curriculum.sampler import Curriculum, CurriculumSampler
@@ -154,6 +154,7 @@ def passes(sampler, stages, epochs):
 @given(CUTS)
 def test_ranks_share_out_each_pass_stage_after_stage(cut):
     sizes, epochs, world, extra, seed = cut
+    assume(min(sizes) >= world)
     names = np.random.default_rng(seed).permutation(sum(sizes))
     stages = np.split(names, np.cumsum(sizes)[:-1])
     size = world + extra
@@ -180,6 +181,7 @@ def test_ranks_share_out_each_pass_stage_after_stage(cut):
 @given(CUTS, st.integers(0, 30))
 def test_start_continues_exactly(cut, start):
     sizes, epochs, world, extra, seed = cut
+    assume(min(sizes) >= world)
     stages = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
     for rank in range(world):
         full = CurriculumSampler(stages, epochs, world + extra, seed, rank, world)
@@ -239,3 +241,8 @@ def test_the_callers_stages_are_left_alone():
     kept = [s.copy() for s in STAGES]
     list(CurriculumSampler(STAGES, 2, 3, 0))
     assert all(np.array_equal(a, b) for a, b in zip(STAGES, kept, strict=True))
+
+
+def test_a_stage_with_fewer_questions_than_ranks_is_refused():
+    with pytest.raises(UserError, match=r"data\.curriculum\.stages"):
+        CurriculumSampler([np.arange(4), np.arange(1)], 1, 4, 0, rank=0, world=2)
