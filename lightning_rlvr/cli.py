@@ -1,4 +1,4 @@
-"""The command line: fit, validate, test, predict and score, each from a config."""
+"""The command line: fit, validate, test, predict, score and compare, each from a config."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ from lightning_rlvr.training.callbacks import (
 )
 from lightning_rlvr.types import UserError
 
+PROGRAM = "python -m lightning_rlvr"
+DESCRIPTION = (
+    "Train language models with verifiable rewards and watch their entropy. Beside the subcommands below there is "
+    f"`{PROGRAM} compare`, which replays one rollout batch under many objectives and has a --help of its own."
+)
+
 
 class Parser(LightningArgumentParser):
     """A parser whose errors are the error, without the page of all options before it."""
@@ -57,7 +63,7 @@ class RLVRCLI(LightningCLI):
             },
             seed_everything_default=1,
             # This mode resolves ${...} after overrides, not file by file.
-            parser_kwargs={"parser_mode": "omegaconf+", "prog": "python -m lightning_rlvr"},
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": PROGRAM, "description": DESCRIPTION},
             parser_class=Parser,
             args=args,
         )
@@ -146,10 +152,10 @@ def main(args: list[str] | None = None) -> None:
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     ):
         warnings.filterwarnings("ignore", message=harmless)
-    args = sys.argv[1:] if args is None else args
+    words = sys.argv[1:] if args is None else args
     try:
-        if args[:1] == ["compare"]:
-            compare.main(args[1:])
+        if words[:1] == ["compare"]:
+            compare.main(words[1:])
         else:
             RLVRCLI(args)
     except (UserError, MisconfigurationException) as error:

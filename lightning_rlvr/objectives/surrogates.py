@@ -17,6 +17,8 @@ from torch import Tensor
 from lightning_rlvr.objectives.checks import check
 from lightning_rlvr.ops.surrogate import PolicyTerm, clipped_surrogate
 
+RATIO = "the ratio is bounded {}"
+
 
 class Surrogate(ABC):
     """A policy term: a loss for each token from probabilities and advantages."""
@@ -45,8 +47,8 @@ class Clipped(Surrogate):
     high: float = 0.2
 
     def __post_init__(self) -> None:
-        check(0 < self.low < 1, "surrogate.init_args.low", self.low, "in (0, 1)", "r is bounded below by 1 - low")
-        check(self.high > 0, "surrogate.init_args.high", self.high, "positive", "r is bounded above by 1 + high")
+        check(0 < self.low < 1, "surrogate.init_args.low", self.low, "in (0, 1)", RATIO.format("below by 1 - low"))
+        check(self.high > 0, "surrogate.init_args.high", self.high, "positive", RATIO.format("above by 1 + high"))
 
     def __call__(
         self,
@@ -76,7 +78,7 @@ class Unclipped(Surrogate):
 
 
 @dataclass(frozen=True)
-class SequenceClipped(Surrogate):
+class SequenceClipped(Clipped):
     """-min(s A, clip(s, 1 - low, 1 + high) A), with one ratio for a whole response.
 
     s = exp(1/|o| sum_t (logp_t - old_logp_t)). Every token carries its response's term, so that the mean over the
@@ -87,10 +89,6 @@ class SequenceClipped(Surrogate):
 
     low: float = 3e-4
     high: float = 4e-4
-
-    def __post_init__(self) -> None:
-        check(0 < self.low < 1, "surrogate.init_args.low", self.low, "in (0, 1)", "s is bounded below by 1 - low")
-        check(self.high > 0, "surrogate.init_args.high", self.high, "positive", "s is bounded above by 1 + high")
 
     def __call__(
         self,
@@ -118,8 +116,8 @@ class ClippedWeight(Surrogate):
     high: float = 0.28
 
     def __post_init__(self) -> None:
-        check(0 < self.low <= 1, "surrogate.init_args.low", self.low, "in (0, 1]", "r is bounded below by 1 - low")
-        check(self.high > 0, "surrogate.init_args.high", self.high, "positive", "r is bounded above by 1 + high")
+        check(0 < self.low <= 1, "surrogate.init_args.low", self.low, "in (0, 1]", RATIO.format("below by 1 - low"))
+        check(self.high > 0, "surrogate.init_args.high", self.high, "positive", RATIO.format("above by 1 + high"))
 
     def __call__(
         self,
