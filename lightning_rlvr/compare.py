@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,8 +113,7 @@ def _effect(
     cut: tuple[Tensor, ...],
 ) -> Effect:
     advantage = group_advantages(replay.score.view(-1, replay.group_size), objective.scale_by_std).flatten()
-    stats = TokenStats(**{**vars(stats), "advantage": advantage})
-    stats = TokenStats(**{**vars(stats), "state": objective.next_state(objective.initial_state(), stats)})
+    stats = replace(stats, advantage=advantage, state=objective.initial_state())
     plan = objective.plan(stats)
     policy = copy.deepcopy(replay.policy)
     policy.zero_grad()

@@ -288,7 +288,7 @@ class Objective(ABC):
         return {}
 
     def next_state(self, state: Mapping[str, float], stats: TokenStats) -> dict[str, float]:
-        """Return what it carries on, having seen the statistics of a rollout batch; planned with, and saved."""
+        """Return what it carries on to the next rollout batch, having planned with `state` for this one."""
         return dict(state)
 
     def inert(self, updates_per_rollout: int) -> list[str]:

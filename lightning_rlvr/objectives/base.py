@@ -84,6 +84,16 @@ class PolicyObjective(Objective):
         """Whether the KL is summed over the vocabulary."""
         return self.uses_kl and self.kl_estimator == "full"
 
+    def inert(self, updates_per_rollout: int) -> list[str]:
+        """Say if a KL to the old policy cannot act."""
+        if updates_per_rollout > 1 or not self.uses_kl or self.kl_to == "reference" or self.kl_estimator == "k1":
+            return []
+        return [
+            f"the {self.kl_estimator} KL to the old policy has no gradient where the policy is the old one, and with "
+            "model.updates_per_rollout 1 every gradient is taken there: it does nothing. Set model.updates_per_rollout "
+            "to 2 or more, or model.objective.init_args.kl_to to reference."
+        ]
+
     def make_plan(
         self,
         stats: TokenStats,
@@ -97,7 +107,8 @@ class PolicyObjective(Objective):
     ) -> TokenPlan:
         """Return a plan from what a subclass decided; by default every counted token takes part alike.
 
-        `kept` are the tokens of the policy gradient, which then also are the denominators.
+        `kept` are the tokens of the policy gradient, which then also are the denominators: the others have no part in
+        any term.
         """
         like = stats.logp
         if advantage is None:
@@ -106,10 +117,10 @@ class PolicyObjective(Objective):
 
         def weights(value: Tensor | float) -> Tensor:
             spread = value if isinstance(value, Tensor) else torch.full_like(like, value)
-            return fill(spread.to(like.dtype), stats.mask)
+            return fill(spread.to(like.dtype), kept)
 
         return TokenPlan(
-            advantage=fill(advantage, stats.mask).to(like.dtype),
+            advantage=fill(advantage, kept).to(like.dtype),
             weight=token_weights(kept, stats.update, self.aggregation, self.fixed_length).to(like.dtype),
             kl_weight=weights(0.0 if kl is None else kl),
             policy_mask=kept,
@@ -146,7 +157,8 @@ class PolicyObjective(Objective):
         penalties = {}
         if self.needs_full_kl:
             full_kl = given(tokens.full_kl, "full_kl", "the exact KL of each token")
-            penalties["kl"] = (fill(full_kl, tokens.mask) * plan.kl_weight * plan.weight, full_kl)
+            held = full_kl.masked_fill(plan.kl_weight == 0, 0.0)
+            penalties["kl"] = (held * plan.kl_weight * plan.weight, full_kl)
         elif self.uses_kl:
             # A token without a KL weight adds nothing, also where its estimate would overflow.
             target = torch.where(plan.kl_weight == 0, logp.detach(), self._kl_target(tokens, old_logp))

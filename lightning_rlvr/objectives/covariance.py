@@ -8,7 +8,7 @@ import torch
 
 from lightning_rlvr.objectives.checks import check, check_share, check_weight
 from lightning_rlvr.objectives.grpo import GRPO
-from lightning_rlvr.objectives.surrogates import Surrogate, Unclipped
+from lightning_rlvr.objectives.surrogates import SequenceClipped, Surrogate, Unclipped
 from lightning_rlvr.ops.covariance import token_covariance
 from lightning_rlvr.ops.selection import highest, lowest, share_count, token_lottery
 from lightning_rlvr.types import TokenPlan, TokenStats
@@ -39,6 +39,13 @@ class ClipCov(GRPO):
         super().__post_init__()
         check(self.cov_low < self.cov_high, "cov_high", self.cov_high, f"above cov_low ({self.cov_low})", "empty band")
         check_share(self.fraction, "fraction")
+        check(
+            not isinstance(self.surrogate, SequenceClipped),
+            "surrogate",
+            self.surrogate,
+            "a surrogate of single tokens",
+            "a token cannot lose its gradient where one ratio stands for the whole response",
+        )
 
     def plan(self, stats: TokenStats) -> TokenPlan:
         """Draw the tokens whose gradient is dropped."""
@@ -81,18 +88,23 @@ class KLCov(GRPO):
 
     def inert(self, updates_per_rollout: int) -> list[str]:
         """Say if the penalty cannot act."""
-        return drift_inert(updates_per_rollout) + super().inert(updates_per_rollout)
+        reached = self.beta > 0 and self.fraction > 0
+        return drift_inert(reached, "beta and fraction", updates_per_rollout) + super().inert(updates_per_rollout)
 
     def plan(self, stats: TokenStats) -> TokenPlan:
         """Choose the tokens that are held."""
         counted = stats.counted()
         covariance = token_covariance(stats.logp.flatten()[counted], stats.token_advantage().flatten()[counted])
         held = stats.spread(highest(covariance, share_count(self.fraction, len(counted))))
-        return self.make_plan(stats, kl=self.kl_coef, drift=held * self.beta, classes={"held": held})
+        return self.make_plan(
+            stats, kl=self.kl_coef, drift=held.to(stats.logp.dtype) * self.beta, classes={"held": held}
+        )
 
 
-def drift_inert(updates_per_rollout: int) -> list[str]:
-    """Say why a penalty on |log r| cannot act with one update a rollout batch."""
+def drift_inert(reached: bool, keys: str, updates_per_rollout: int) -> list[str]:
+    """Say why a penalty on |log r| cannot act: it reaches no token, or there is one update a rollout batch."""
+    if not reached:
+        return [f"the penalty on |log r| reaches no token. Set {keys} of model.objective.init_args to more than 0."]
     if updates_per_rollout > 1:
         return []
     return [

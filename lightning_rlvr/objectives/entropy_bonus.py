@@ -43,8 +43,8 @@ class EntropyBonus(GRPO):
 class AdaptiveEntropy(GRPO):
     """An entropy bonus whose weight c moves by `step` after each rollout batch, and acts below the target only.
 
-    With H the mean entropy over the rollout batch's tokens: c becomes c + step if H < target, else
-    max(0, c - step); the bonus then weighs c if H <= target, and 0 otherwise.
+    With H the mean entropy over the rollout batch's tokens: the bonus weighs c if H <= target and 0 otherwise; then,
+    for the next rollout batch, c becomes c + step if H < target, else max(0, c - step).
 
     Args:
         target: entropy to keep, in nats a token.

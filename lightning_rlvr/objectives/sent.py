@@ -88,18 +88,26 @@ class SENT(PolicyObjective):
         if self.variant == "release":
             return self.release_kl_coef > 0
         reached = self.beta_low > 0 or (self.beta_high > 0 and self.high_cov_fraction > 0)
-        return reached and self.low_entropy_quantile > 0
+        return reached and self.holds_tokens
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether the penalised set is more than empty."""
+        return self.low_entropy_quantile > 0
 
     def inert(self, updates_per_rollout: int) -> list[str]:
         """Say which terms cannot act."""
+        elsewhere = super().inert(updates_per_rollout)
         if self.variant == "release":
-            return drift_inert(updates_per_rollout)
+            reached = self.beta_high > 0 and self.high_cov_fraction > 0 and self.holds_tokens
+            keys = "beta_high, high_cov_fraction and low_entropy_quantile"
+            return drift_inert(reached, keys, updates_per_rollout) + elsewhere
         if not self.uses_kl:
             return [
-                "SENT's KL penalty reaches no token: set model.objective.init_args.beta_low or .beta_high (with a "
-                "positive high_cov_fraction), and a positive low_entropy_quantile."
+                f"the selective KL of {type(self).__name__} reaches no token: set model.objective.init_args.beta_low "
+                "or .beta_high (with a positive high_cov_fraction), and a low_entropy_quantile that leaves it tokens."
             ]
-        return []
+        return elsewhere
 
     def plan(self, stats: TokenStats) -> TokenPlan:
         """Choose T_low by entropy, T_high within it by covariance, over the whole rollout batch."""
@@ -136,6 +144,15 @@ class HighEntropyKL(SENT):
 
     Source: arXiv 2512.04359, its table of results.
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.variant == "paper", "variant", self.variant, "paper", "the release has no such column")
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether the penalised set is more than empty."""
+        return self.low_entropy_quantile < 1
 
     def choose(self, entropy: Float[Tensor, " K"]) -> Bool[Tensor, " K"]:
         """Return the tokens outside T_low."""

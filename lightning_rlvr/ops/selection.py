@@ -62,14 +62,15 @@ def token_lottery(row_id: Int[Tensor, " K"], position: Int[Tensor, " K"]) -> Flo
 
     Source: Steele, Lea and Flood (2014), doi.org/10.1145/2660193.2660195.
     """
-    x = row_id * _odd(0x9E3779B97F4A7C15) + position * _odd(0xD1342543DE82EF95)
+    gamma = _signed(0x9E3779B97F4A7C15)
+    x = row_id * gamma + position * _signed(0xD1342543DE82EF95) + gamma  # the finaliser maps 0 to 0
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ _shift_right(x, shift)) * _odd(factor)
+        x = (x ^ _shift_right(x, shift)) * _signed(factor)
     x = x ^ _shift_right(x, 31)
     return _shift_right(x, 11).double() / 2**53
 
 
-def _odd(value: int) -> int:
+def _signed(value: int) -> int:
     """Return an unsigned 64-bit constant as the signed number of the same bits; products wrap alike."""
     return value - 2**64
 

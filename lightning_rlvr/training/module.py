@@ -240,9 +240,9 @@ class RLVRModule(LightningModule):
 
         Here entropy and the covariance of advantage and log-probability become KL masks.
         """
-        whole, mine = gather_stats(stats)
+        whole, mine = gather_stats(replace(stats, state=self.objective_state))
         self.objective_state = self.objective.next_state(self.objective_state, whole)
-        return self.objective.plan(replace(whole, state=self.objective_state)).rows(mine)
+        return self.objective.plan(whole).rows(mine)
 
     @torch.no_grad()
     def reference_logp(self, rollouts: Rollouts) -> Tensor | None:

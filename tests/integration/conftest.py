@@ -26,10 +26,10 @@ def cli(cache, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory, cache):
-    """The folder of one finished fit."""
+def finished_run(tmp_path_factory):
+    """The folder of one finished fit that found nothing cached."""
     run_dir = tmp_path_factory.mktemp("runs") / "fit"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LIGHTNING_RLVR_CACHE", str(cache))
+        patch.setenv("LIGHTNING_RLVR_CACHE", str(tmp_path_factory.mktemp("empty_cache")))
         main(arguments("fit", run_dir))
     return run_dir

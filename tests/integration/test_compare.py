@@ -35,7 +35,7 @@ def spread_rewards(saved):
 
 def test_every_column_of_the_table_is_compared(spread_rewards, tmp_path, capsys):
     flags = ["--rollouts", str(spread_rewards), "--output", str(tmp_path)]
-    main(["compare", "--config", str(ROOT / "configs" / "compare.yaml"), *flags])
+    main(["compare", "--config", str(ROOT / "configs" / "compare" / "paper_table.yaml"), *flags])
     table = pd.read_csv(tmp_path / "compare.csv", index_col=0)
     assert len(table) == 8
     assert (table["grad_norm"] > 0).all()

@@ -192,3 +192,13 @@ def test_a_batch_in_which_no_token_counts(model):
 def test_greedy_has_no_distribution(model):
     with pytest.raises(ValueError, match="temperature must be positive"):
         response_logp(model, rollouts(), 0.0)
+
+
+def test_columns_of_padding_are_not_computed(model):
+    widths = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    response_logp(model, rollouts(20, 30), 1.0)
+    handle.remove()
+    assert widths == [6 + 5]

@@ -31,6 +31,7 @@ def _batches(draw):
         mask=mask,
         row_id=column(st.integers(-99, 99), unique=True),
         update=column(st.sampled_from([0, 1, 5])),
+        state={"entropy_coef": 0.3},
     )
     return SimpleNamespace(
         stats=stats,
@@ -39,6 +40,8 @@ def _batches(draw):
             old_logp=old_logp,
             mask=mask,
             ref_logp=old_logp + grid(-1.0, 0.0, 0.4),
+            entropy=grid(0.1, 0.6, 1.2),
+            full_kl=grid(0.0, 0.05, 0.9),
         ),
     )
 
@@ -54,7 +57,7 @@ def _map(value, change):
     def walk(item):
         if isinstance(item, dict):
             return {key: walk(x) for key, x in item.items()}
-        return None if item is None else change(item)
+        return change(item) if isinstance(item, torch.Tensor) else item
 
     return replace(value, **{key: walk(item) for key, item in vars(value).items()})
 
@@ -82,14 +85,25 @@ def pad():
 
 @pytest.fixture(scope="session")
 def evaluate():
-    """Return loss, gradient in logp and metrics of an objective on a batch, under a plan or its own."""
+    """Return loss, gradients and metrics of an objective on a batch, under a plan or its own.
+
+    `gradient` is that in logp; `gradients` has those in entropy and full_kl too, 0 where the loss does not read them.
+    """
 
     def evaluate(objective, batch, plan=None):
-        logp = batch.tokens.logp.detach().clone().requires_grad_()
+        values = {name: getattr(batch.tokens, name) for name in ("logp", "entropy", "full_kl")}
+        leaves = {name: x.detach().clone().requires_grad_() for name, x in values.items() if x is not None}
         plan = objective.plan(batch.stats) if plan is None else plan
-        out = objective.loss(replace(batch.tokens, logp=logp), plan)
-        (gradient,) = torch.autograd.grad(out.loss, logp)
-        return SimpleNamespace(loss=out.loss.detach(), gradient=gradient, metrics=out.metrics, plan=plan)
+        out = objective.loss(replace(batch.tokens, **leaves), plan)
+        slopes = torch.autograd.grad(out.loss, tuple(leaves.values()), allow_unused=True, materialize_grads=True)
+        gradients = dict(zip(leaves, slopes, strict=True))
+        return SimpleNamespace(
+            loss=out.loss.detach(),
+            gradient=gradients["logp"],
+            gradients=gradients,
+            metrics=out.metrics,
+            plan=plan,
+        )
 
     return evaluate
 
@@ -99,8 +113,10 @@ def same_plan():
     """Assert that two plans are equal to the bit."""
 
     def same_plan(a: TokenPlan, b: TokenPlan):
-        for name in ("advantage", "weight", "kl_weight", "policy_mask"):
-            assert torch.equal(getattr(a, name), getattr(b, name)), name
+        for name in ("advantage", "weight", "kl_weight", "policy_mask", "drift_weight", "entropy_weight"):
+            one, other = getattr(a, name), getattr(b, name)
+            assert (one is None) == (other is None), name
+            assert one is None or torch.equal(one, other), name
         assert set(a.classes) == set(b.classes)
         for name in a.classes:
             assert torch.equal(a.classes[name], b.classes[name]), name
@@ -110,9 +126,12 @@ def same_plan():
 
 @pytest.fixture(scope="session")
 def make():
-    """Build a one-update batch from rows of numbers: what is not given is 0, and every token counts."""
+    """Build a one-update batch from rows of numbers: what is not given is 0, and every token counts.
 
-    def make(logp, old_logp=None, ref_logp=None, advantage=None, entropy=None, mask=None):
+    `entropy` is both what was recorded and what the policy has now.
+    """
+
+    def make(logp, old_logp=None, ref_logp=None, advantage=None, entropy=None, mask=None, full_kl=None, state=None):
         logp = torch.tensor(logp, dtype=torch.float64)
         n = len(logp)
 
@@ -123,9 +142,10 @@ def make():
         mask = torch.ones_like(logp, dtype=torch.bool) if mask is None else torch.tensor(mask)
         advantage = torch.zeros(n).double() if advantage is None else torch.tensor(advantage, dtype=torch.float64)
         ids = torch.arange(n)
+        ref = logp if ref_logp is None else grid(ref_logp)
         return SimpleNamespace(
-            stats=TokenStats(old, grid(entropy), advantage, mask, ids, torch.zeros_like(ids)),
-            tokens=TokenBatch(logp, old, mask, logp if ref_logp is None else grid(ref_logp)),
+            stats=TokenStats(old, grid(entropy), advantage, mask, ids, torch.zeros_like(ids), state or {}),
+            tokens=TokenBatch(logp, old, mask, ref, entropy=grid(entropy), full_kl=grid(full_kl)),
         )
 
     return make
