@@ -223,8 +223,10 @@ def _map(figure: Any, axes: Axes, frame: pd.DataFrame, title: str, colours: str,
     image = axes.imshow(frame.to_numpy(dtype=float), cmap=colours, vmin=low, vmax=1)
     axes.set_xticks(range(len(frame)), list(frame.columns), rotation=45, ha="right", fontsize=8)
     axes.set_yticks(range(len(frame)), list(frame.index), fontsize=8)
-    for (i, j), value in pd.DataFrame(frame.to_numpy()).stack().items():
-        axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if value > 0.6 else "black")
+    for i, row in enumerate(frame.to_numpy(dtype=float).tolist()):
+        for j, value in enumerate(row):
+            colour = "white" if value > 0.6 else "black"
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
     axes.set_title(title, loc="left", fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.7)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pandas as pd
 import torch
@@ -106,7 +106,8 @@ def ledger_page(table: pd.DataFrame, prompts: dict[tuple[str, int], str], respon
     column, as the menu does.
     """
     groups = []
-    for (uid, number), part in list(table.groupby(["uid", "response"], sort=False))[:responses]:
+    for key, part in list(table.groupby(["uid", "response"], sort=False))[:responses]:
+        uid, number = cast("tuple[str, int]", key)
         tokens = part[["text", "class", *NUMBERS]].astype({"clipped": float})
         rows = [[None if value != value else value for value in row] for row in tokens.itertuples(index=False)]
         groups.append({"uid": uid, "response": int(number), "prompt": prompts[(uid, number)], "tokens": rows})
