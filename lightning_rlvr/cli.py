@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_rlvr import compare
@@ -20,7 +21,7 @@ from lightning_rlvr.training.callbacks import (
     EvaluateEnds,
     ExportPolicy,
     InertTerms,
-    InterruptBetweenSteps,
+    KeepLastCheckpoint,
     PredictionWriter,
     RunSummary,
     SampleTable,
@@ -87,14 +88,13 @@ class RLVRCLI(LightningCLI):
         parser.add_lightning_class_args(TokenLedger, "ledger")
 
     def before_instantiate_classes(self) -> None:
-        """Claim the run's folder, and point the loggers there unless others are configured."""
+        """Claim the run's folder."""
         config = self.config[self.subcommand]
         config.run_dir = str(free_folder(Path(config.run_dir).expanduser()))
-        trainer = config.trainer
-        trainer.default_root_dir = config.run_dir
-        if trainer.logger in (None, True):
-            loggers = ["TensorBoardLogger", "CSVLogger"] if self.subcommand != "score" else []
-            trainer.logger = [_logger(name, config.run_dir) for name in loggers] or False
+        config.trainer.default_root_dir = config.run_dir
+        checkpoint = config.get("ckpt_path")
+        if checkpoint not in (None, "best", "last", "hpc", "registry") and not Path(checkpoint).exists():
+            raise UserError(f"there is no checkpoint {checkpoint}. Set ckpt_path.")
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; a value that a class refuses is the user's to put right."""
@@ -109,23 +109,22 @@ class RLVRCLI(LightningCLI):
             raise UserError("; ".join(reasons) or str(error)) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> lightning.Trainer:
+        """Add the callbacks that every run has, and loggers into its folder unless others are configured."""
+        if config["logger"] in (None, True):
+            where = {"save_dir": config["default_root_dir"], "name": "", "version": ""}
+            # Flushed at each step: an interrupted run keeps its metrics.
+            loggers = [TensorBoardLogger(**where), CSVLogger(**where, flush_logs_every_n_steps=1)]
+            config["logger"] = False if self.subcommand == "score" else loggers
         callbacks = [
             *callbacks,
             EvaluateEnds(),
             InertTerms(),
-            InterruptBetweenSteps(),
+            KeepLastCheckpoint(),
             ExportPolicy(),
             RunSummary(),
             PredictionWriter(),
         ]
         return super()._instantiate_trainer(config, callbacks)
-
-
-def _logger(name: str, folder: str) -> Namespace:
-    init_args = Namespace(save_dir=folder, name="", version="")
-    if name == "CSVLogger":
-        init_args.flush_logs_every_n_steps = 1  # an interrupted run keeps its metrics
-    return Namespace(class_path=f"lightning.pytorch.loggers.{name}", init_args=init_args)
 
 
 def free_folder(wanted: Path) -> Path:

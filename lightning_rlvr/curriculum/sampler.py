@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -111,7 +112,7 @@ class CurriculumSampler(Sampler[list[int]]):
                 f"each stage must have a question for each process ({world}), got {[len(s) for s in stages]}. "
                 "Set data.curriculum.stages or trainer.devices."
             )
-        self.rank, self.world, self.start = rank, world, start
+        self.rank, self.world = rank, world
         self.batches: list[tuple[int, list[int]]] = []  # (stage, questions over all ranks)
         for stage, questions in enumerate(stages):
             for epoch in range(epochs):
@@ -119,10 +120,12 @@ class CurriculumSampler(Sampler[list[int]]):
                 order = order[: len(order) - len(order) % world]
                 step = batch_size - batch_size % world
                 self.batches += [(stage, order[i : i + step].tolist()) for i in range(0, len(order), step)]
+        self.start = start % len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield this rank's share of each batch that is left."""
-        for _, questions in self.batches[self.start :]:
+        """Yield this rank's share of each batch that is left; from the next time on, of all batches."""
+        start, self.start = self.start, 0
+        for _, questions in self.batches[start:]:
             yield questions[self.rank :: self.world]
 
     def __len__(self) -> int:
@@ -130,5 +133,9 @@ class CurriculumSampler(Sampler[list[int]]):
         return len(self.batches)
 
     def stage_of(self, batch: int) -> int:
-        """Return the stage of a batch."""
-        return self.batches[batch][0]
+        """Return the stage of a batch; batches count on when the curriculum is repeated."""
+        return self.batches[batch % len(self)][0]
+
+    def fingerprint(self) -> str:
+        """Return a hash of the order over all ranks."""
+        return hashlib.sha256(repr(self.batches).encode()).hexdigest()[:16]

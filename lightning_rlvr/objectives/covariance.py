@@ -8,7 +8,7 @@ import torch
 
 from lightning_rlvr.objectives.checks import check, check_share, check_weight
 from lightning_rlvr.objectives.grpo import GRPO
-from lightning_rlvr.objectives.surrogates import SequenceClipped, Surrogate, Unclipped
+from lightning_rlvr.objectives.surrogates import Surrogate, Unclipped, check_token_surrogate
 from lightning_rlvr.ops.covariance import token_covariance
 from lightning_rlvr.ops.selection import highest, lowest, share_count, token_lottery
 from lightning_rlvr.types import TokenPlan, TokenStats
@@ -39,13 +39,7 @@ class ClipCov(GRPO):
         super().__post_init__()
         check(self.cov_low < self.cov_high, "cov_high", self.cov_high, f"above cov_low ({self.cov_low})", "empty band")
         check_share(self.fraction, "fraction")
-        check(
-            not isinstance(self.surrogate, SequenceClipped),
-            "surrogate",
-            self.surrogate,
-            "a surrogate of single tokens",
-            "a token cannot lose its gradient where one ratio stands for the whole response",
-        )
+        check_token_surrogate(self.surrogate)
 
     def plan(self, stats: TokenStats) -> TokenPlan:
         """Draw the tokens whose gradient is dropped."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lightning_rlvr.objectives.checks import check
 from lightning_rlvr.objectives.grpo import GRPO
+from lightning_rlvr.objectives.surrogates import check_token_surrogate
 from lightning_rlvr.ops.selection import highest, share_count
 from lightning_rlvr.types import TokenPlan, TokenStats
 
@@ -28,6 +29,7 @@ class HighEntropyMask(GRPO):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(0 < self.fraction <= 1, "fraction", self.fraction, "in (0, 1]", "it is the share of tokens that train")
+        check_token_surrogate(self.surrogate)
 
     def plan(self, stats: TokenStats) -> TokenPlan:
         """Keep the tokens of highest entropy."""

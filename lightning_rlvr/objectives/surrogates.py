@@ -130,3 +130,14 @@ class ClippedWeight(Surrogate):
         ratio = (logp - old_logp).detach().exp()
         bounded = ratio.clamp(1 - self.low, 1 + self.high)
         return PolicyTerm(-bounded * advantage * logp, bounded != ratio)
+
+
+def check_token_surrogate(surrogate: Surrogate) -> None:
+    """Raise UserError for a surrogate of whole responses, where no single token can be left out."""
+    check(
+        not isinstance(surrogate, SequenceClipped),
+        "surrogate",
+        surrogate,
+        "a surrogate of single tokens",
+        "a token cannot lose its gradient where one ratio stands for the whole response",
+    )

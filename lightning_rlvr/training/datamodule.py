@@ -80,6 +80,8 @@ class RLVRDataModule(LightningDataModule):
         ):
             if value < 1:
                 raise UserError(f"{key} must be at least 1, got {value}. Set data.{key}.")
+        if seed < 0:
+            raise UserError(f"seed must be 0 or more, got {seed}. Set data.seed.")
         self.tasks: dict[Split, Task | None] = {"train": train, "val": val, "test": test or val}
         self.group_size, self.prompts_per_batch = group_size, prompts_per_batch
         self.eval_samples, self.eval_prompts_per_batch = eval_samples, eval_prompts_per_batch
@@ -88,6 +90,7 @@ class RLVRDataModule(LightningDataModule):
         self.cache_dir = Path(cache_dir or os.environ.get("LIGHTNING_RLVR_CACHE", "~/.cache/lightning_rlvr"))
         self.seed = seed
         self.questions: dict[Split, list[Prompt]] = {}
+        self._order: str | None = None  # fingerprint of the order trained on
 
     # --- questions -------------------------------------------------------------------------------
 
@@ -160,6 +163,11 @@ class RLVRDataModule(LightningDataModule):
             return self._in_order(scores.read_scores(Path(self.scoring.file), about))
         path = scores.cache_path(self.cache_dir.expanduser(), about)
         trainer = self._trainer()
+        if trainer.world_size > 1 and not path.exists():
+            raise UserError(
+                "scoring runs in one process, since the others could wait for hours and time out. Run "
+                "`python -m lightning_rlvr score` with this config first, and set data.scoring.file to its output."
+            )
         if trainer.is_global_zero and not path.exists():
             scores.write_scores(self.score(module), path, about)
         trainer.strategy.barrier("scores")
@@ -210,6 +218,14 @@ class RLVRDataModule(LightningDataModule):
     def _in_order(self, table: pd.DataFrame) -> pd.DataFrame:
         return table.set_index("uid").loc[[prompt.uid for prompt in self.questions["train"]]].reset_index()
 
+    def state_dict(self) -> dict[str, str | None]:
+        """Return the fingerprint of the order, by which a resumed run knows that it continues the same one."""
+        return {"order": self._order}
+
+    def load_state_dict(self, state: dict[str, str | None]) -> None:
+        """Take the fingerprint of the run that is resumed."""
+        self._order = state["order"]
+
     # --- loaders ---------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[Prompt]:
@@ -226,6 +242,12 @@ class RLVRDataModule(LightningDataModule):
             trainer.world_size,
             start=module.rollouts_done,
         )
+        if self._order not in (None, sampler.fingerprint()):
+            raise UserError(
+                "the checkpoint was trained on another order of questions, so its place in this one means nothing. Set "
+                "data.train, data.curriculum, data.scoring, data.prompts_per_batch and data.seed as they were."
+            )
+        self._order = sampler.fingerprint()
         collate = partial(PromptBatch, samples=self.group_size)
         return DataLoader(cast("Dataset[Prompt]", prompts), batch_sampler=sampler, collate_fn=collate)
 

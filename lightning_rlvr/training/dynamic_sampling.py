@@ -11,7 +11,8 @@ class GroupBuffer:
     """Collects groups whose rewards are not all equal until they fill a batch.
 
     All groups collected were sampled from the same policy, since it is updated only when the batch is full. After
-    `max_batches` rollout batches, tied groups fill what is left: they have no advantage.
+    `max_batches` rollout batches, tied groups fill what is left: they have no advantage. Useful groups beyond a full
+    batch are dropped, since the policy changes, and so is what is collected when the run ends.
 
     Args:
         max_batches: the most rollout batches for one update.
@@ -23,13 +24,15 @@ class GroupBuffer:
         self.max_batches = max_batches
         self._useful: list[Experience] = []
         self._tied: list[Experience] = []
+        self._full = 0
         self.batches = 0
         self.used = 0  # rollout batches that the last full batch took
 
     def add(self, experience: Experience, group_size: int) -> Experience | None:
         """Add a rollout batch; return a batch of as many groups once it is full on all ranks, else None."""
-        wanted = len(experience.verdicts) // group_size
-        for i in range(wanted):
+        here = len(experience.verdicts) // group_size
+        wanted = self._full = max(self._full, here)  # the last batch of a pass may be smaller
+        for i in range(here):
             group = experience.rows(slice(i * group_size, (i + 1) * group_size))
             tied = len({verdict.score for verdict in group.verdicts}) == 1
             (self._tied if tied else self._useful).append(group)

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from lightning_rlvr.training.module import RLVRModule
 
 
-class PromptBatch(NamedTuple):
-    """Questions and how many responses to sample for each."""
+class PromptBatch:
+    """Questions and how many responses to sample for each.
 
-    prompts: list[Prompt]
-    samples: int
+    Neither tuple nor dataclass: Lightning walks through those and refuses frozen dataclasses in them.
+    """
+
+    def __init__(self, prompts: list[Prompt], samples: int) -> None:
+        self.prompts, self.samples = prompts, samples
 
 
 class Experience(NamedTuple):
@@ -68,6 +71,7 @@ class StepRecord(NamedTuple):
     plan: TokenPlan
     ref_logp: Tensor | None
     group_size: int
+    number: int  # of the rollout batches that were trained on, counted from 1
 
 
 class StepObserver(Callback):
@@ -86,7 +90,7 @@ def describe(experience: Experience, stats: TokenStats, plan: TokenPlan, group_s
     rows, tokens = torch.tensor(len(verdicts)), stats.mask.sum()
 
     def of_rows(values: Sequence[float] | Tensor) -> Ratio:
-        return Ratio(torch.as_tensor(values).double().sum(), rows)
+        return Ratio(torch.as_tensor(values, dtype=torch.float64).sum(), rows)
 
     def of_tokens(values: Tensor) -> Ratio:
         return Ratio(values.masked_fill(~stats.mask, 0).double().sum(), tokens)

@@ -14,11 +14,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
+from lightning_rlvr.curriculum import CurriculumSampler
 from lightning_rlvr.metrics import EvaluationMetrics
 from lightning_rlvr.models import PolicySource, PromptFormat
 from lightning_rlvr.models.forward import response_logp
 from lightning_rlvr.ops.advantages import group_advantages
 from lightning_rlvr.rollout import TransformersEngine, seed_of
+from lightning_rlvr.training.checkpoint import COUNTS, check_checkpoint
 from lightning_rlvr.training.clock import Clock
 from lightning_rlvr.training.distributed import add_ratios, gather_stats, reduce_ratios, world_size
 from lightning_rlvr.training.dynamic_sampling import GroupBuffer
@@ -91,6 +93,11 @@ class RLVRModule(LightningModule):
         seed: int = 1,
     ) -> None:
         super().__init__()
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise UserError(
+                f"max_grad_norm must be positive, or null for no bound, got {max_grad_norm}: the gradient is scaled "
+                "down to this norm. Set model.max_grad_norm."
+            )
         if dynamic_sampling < 0:
             raise UserError(
                 f"dynamic_sampling must be 0 (off) or a number of rollout batches, got {dynamic_sampling}. "
@@ -121,8 +128,10 @@ class RLVRModule(LightningModule):
         self.seed = seed
         self.rollouts_done = 0  # rollout batches so far: names the randomness of the next
         self.groups = GroupBuffer(dynamic_sampling) if dynamic_sampling else None
+        self.batches_trained = 0  # fewer than rollouts_done with dynamic sampling
         self.objective_state = objective.initial_state()
         self.clock = Clock()
+        self._logged_seconds: dict[str, float] = {}
         self.val_metrics, self.test_metrics = EvaluationMetrics(pass_at), EvaluationMetrics(pass_at)
 
     # --- the models ------------------------------------------------------------------------------
@@ -141,12 +150,20 @@ class RLVRModule(LightningModule):
         if self.objective.needs_reference:
             self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
 
+    def on_fit_start(self) -> None:
+        """Refuse float16, whose loss scaling would also scale the gradient norm that is bounded and logged."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            raise UserError("precision 16-mixed is not supported: gradients would be clipped scaled. Set bf16-mixed.")
+
     def configure_optimizers(self) -> Any:
         """Return the optimizer over the policy's parameters, with its schedule if there is one."""
-        optimizer = self._optimizer(self.policy.parameters())
-        if self._lr_scheduler is None:
-            return optimizer
-        return [optimizer], [self._lr_scheduler(optimizer)]
+        try:
+            optimizer = self._optimizer(self.policy.parameters())
+            if self._lr_scheduler is None:
+                return optimizer
+            return [optimizer], [self._lr_scheduler(optimizer)]
+        except ValueError as error:
+            raise UserError(f"{error}. Set model.optimizer or model.lr_scheduler.") from error
 
     @property
     def engine(self) -> Engine:
@@ -170,7 +187,6 @@ class RLVRModule(LightningModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Train on one rollout batch: sample, judge, measure every token, plan, update."""
-        before = dict(self.clock.seconds)
         with self.clock.part("step"):
             experience = self.experience(batch, self.sampling, f"rollout {self.rollouts_done}")
             self.rollouts_done += 1
@@ -184,7 +200,8 @@ class RLVRModule(LightningModule):
                 plan = self.plan(stats)
             with self.clock.part("reference"):
                 ref_logp = self.reference_logp(experience.rollouts)
-            record = StepRecord(experience, stats, plan, ref_logp, batch.samples)
+            self.batches_trained += 1
+            record = StepRecord(experience, stats, plan, ref_logp, batch.samples, self.batches_trained)
             callbacks: list[Callback] = getattr(self.trainer, "callbacks")  # noqa: B009 - set where types do not see it
             observers = [callback for callback in callbacks if isinstance(callback, StepObserver)]
             for observer in observers:
@@ -196,7 +213,8 @@ class RLVRModule(LightningModule):
         metrics |= describe(experience, stats, plan, batch.samples)
         if self.groups is not None:
             metrics["rollout_batches"] = Ratio(torch.tensor(self.groups.used), torch.tensor(1))
-        spent = {name: total - before.get(name, 0.0) for name, total in self.clock.seconds.items()}
+        spent = {k: total - self._logged_seconds.get(k, 0.0) for k, total in self.clock.seconds.items()}
+        self._logged_seconds = dict(self.clock.seconds)
         self.log_training(reduce_ratios(metrics), spent, int(stats.mask.sum()))
         return {"samples": experience.samples()}
 
@@ -288,7 +306,8 @@ class RLVRModule(LightningModule):
                 add_ratios(sums, {**metrics, "loss": Ratio(loss.detach(), loss.new_ones(()))})
             bound = float("inf") if self.max_grad_norm is None else self.max_grad_norm
             norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), bound)
-            add_ratios(sums, {"grad_norm": Ratio(norm, norm.new_ones(()))})
+            rate = norm.new_tensor(optimizer.param_groups[0]["lr"])
+            add_ratios(sums, {"grad_norm": Ratio(norm, norm.new_ones(())), "lr": Ratio(rate, norm.new_ones(()))})
             optimizer.step()
             if schedule is not None:
                 schedule.step()
@@ -310,7 +329,9 @@ class RLVRModule(LightningModule):
         self.log_dict({f"train/{k}": v for k, v in metrics.items()}, batch_size=1)
         self.log_dict({f"seconds/{k}": v for k, v in spent.items()}, batch_size=1)
         self.log("train/tokens_per_second", rate, batch_size=1)
-        self.log("train/lr", cast(LightningOptimizer, self.optimizers()).param_groups[0]["lr"], batch_size=1)
+        sampler = getattr(self.trainer.train_dataloader, "batch_sampler", None)
+        if isinstance(sampler, CurriculumSampler):
+            self.log("train/stage", float(sampler.stage_of(self.rollouts_done - 1)), batch_size=1)
         self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
 
     # --- evaluation ------------------------------------------------------------------------------
@@ -355,19 +376,13 @@ class RLVRModule(LightningModule):
         """Leave out the frozen reference, which the policy's source gives again; keep what names the next step."""
         weights = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("reference.")}
-        checkpoint["rollouts_done"] = self.rollouts_done
-        checkpoint["objective_state"] = self.objective_state
+        checkpoint |= {name: getattr(self, name) for name in COUNTS}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint holds this policy, and take its counts."""
-        missing = {k for k in self.state_dict() if k.startswith("policy.")} - set(checkpoint["state_dict"])
-        if missing:
-            raise UserError(
-                f"the checkpoint lacks {len(missing)} weights of this policy, such as {min(missing)}: it is of another "
-                "model. Set ckpt_path, or model.policy."
-            )
-        self.rollouts_done = checkpoint["rollouts_done"]
-        self.objective_state = checkpoint["objective_state"]
+        """Take the counts of a checkpoint of this policy and objective. Raises: UserError if it is of another."""
+        check_checkpoint(checkpoint, self.state_dict(), self.objective_state)
+        for name in COUNTS:
+            setattr(self, name, checkpoint[name])
 
     def teardown(self, stage: str) -> None:
         """Release the verifier's processes."""

@@ -41,7 +41,7 @@ def save_replay(folder: Path, module: RLVRModule, record: StepRecord) -> None:
     partial.mkdir(parents=True)
     rollouts = record.experience.rollouts
     tensors = {name: getattr(rollouts, name) for name in Rollouts.__dataclass_fields__}
-    tensors["score"] = torch.tensor([verdict.score for verdict in record.experience.verdicts])
+    tensors["score"] = torch.tensor([verdict.score for verdict in record.experience.verdicts], dtype=torch.float32)
     tensors["row_id"] = record.stats.row_id
     about = {"group_size": record.group_size, "temperature": module.sampling.temperature}
     save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial / "batch.safetensors")

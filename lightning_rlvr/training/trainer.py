@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import lightning
@@ -26,6 +27,8 @@ class Trainer(lightning.Trainer):
         path = Path(output).expanduser()
         if path.exists():
             raise UserError(f"{path} exists and would be overwritten. Set output to a new file.")
+        if not os.access(next(p for p in path.absolute().parents if p.exists()), os.W_OK):
+            raise UserError(f"{path} cannot be written. Set output to a place that can.")
         if self.world_size > 1:
             raise UserError(f"score runs in one process, got {self.world_size}. Set trainer.devices to 1.")
         datamodule.load("score", model)

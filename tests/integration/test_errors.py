@@ -45,6 +45,8 @@ def refused(cli, tmp_path, capsys, monkeypatch):
         ({"model__sampling__temperature": 0}, "model.sampling"),
         ({"model__objective__init_args__beta_low": -1}, "model.objective.init_args.beta_low"),
         ({"model__micro_batch_size": 0}, "model.micro_batch_size"),
+        ({"model__max_grad_norm": -1}, "model.max_grad_norm"),
+        ({"data__seed": -1}, "data.seed"),
     ],
 )
 def test_mistakes(refused, changes, named):
@@ -104,3 +106,18 @@ def test_a_run_folder_that_is_a_file(tmp_path, capsys, cli):
     with pytest.raises(SystemExit, match="2"):
         cli("fit", tmp_path / "run")
     assert "run_dir" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_does_not_fit(cli, tmp_path, finished_run, capsys):
+    checkpoint = finished_run / "checkpoints" / "last.ckpt"
+    cases = [
+        ({"ckpt_path": tmp_path / "none.ckpt"}, "ckpt_path"),
+        ({"ckpt_path": checkpoint, "model__policy__init_args__hidden_size": 64}, "model.policy"),
+        ({"ckpt_path": checkpoint, "data__prompts_per_batch": 8}, "data.prompts_per_batch"),
+        ({"ckpt_path": checkpoint, "model__objective": "lightning_rlvr.objectives.AdaptiveEntropy"}, "model.objective"),
+    ]
+    for number, (changes, named) in enumerate(cases):
+        with pytest.raises(SystemExit) as exit_:
+            cli("fit", tmp_path / str(number), trainer__max_epochs=2, **changes)
+        assert exit_.value.code == 2
+        assert named in capsys.readouterr().err

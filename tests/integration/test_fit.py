@@ -115,3 +115,64 @@ def test_continuing_from_a_checkpoint_ends_where_the_whole_run_ends(cli, tmp_pat
     ends = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (whole, rest)]
     for name, weight in ends[0].items():
         assert torch.equal(weight, ends[1][name]), name
+
+
+def test_the_config_left_behind_runs_again_in_a_folder_of_its_own(cli, cache, tmp_path):
+    from lightning_rlvr.cli import main
+
+    run = cli("fit", tmp_path / "run", trainer__max_steps=1)
+    before = (run / "metrics.csv").read_bytes()
+    main(["fit", "--config", str(run / "config.yaml")])
+    assert (run / "metrics.csv").read_bytes() == before
+    again = tmp_path / "run-2"
+    first, second = (pd.read_csv(folder / "metrics.csv") for folder in (run, again))
+    assert first["train/loss"].equals(second["train/loss"])
+
+
+def test_the_last_checkpoint_is_the_exported_policy(finished_run):
+    stored = torch.load(finished_run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    model = AutoModelForCausalLM.from_pretrained(finished_run / "policy")
+    for name, weight in model.state_dict().items():
+        assert torch.equal(stored[f"policy.{name}"], weight), name
+
+
+def test_the_learning_rate_logged_is_the_one_used(cli, tmp_path):
+    settings = {
+        "model__lr_scheduler": "torch.optim.lr_scheduler.LinearLR",
+        "model__lr_scheduler__init_args__start_factor": 0.5,
+        "model__lr_scheduler__init_args__total_iters": 2,
+    }
+    run = cli("fit", tmp_path / "run", trainer__max_steps=3, data__val="null", **settings)
+    rates = pd.read_csv(run / "metrics.csv")["train/lr"]
+    assert rates.tolist() == pytest.approx([1e-4, 1.5e-4, 2e-4], rel=1e-5)
+
+
+def test_stages_are_logged(metrics):
+    assert metrics["train/stage"].dropna().tolist() == [0, 0, 1, 1]
+
+
+def test_a_resumed_run_knows_how_the_run_began(cli, tmp_path):
+    half = cli("fit", tmp_path / "half", trainer__max_steps=2)
+    rest = cli("fit", tmp_path / "rest", ckpt_path=half / "checkpoints" / "last.ckpt")
+    began, resumed = (json.loads((run / "summary.json").read_text()) for run in (half, rest))
+    assert resumed["before"] == began["before"]
+    assert resumed["train_entropy"]["first"] == began["train_entropy"]["first"]
+
+
+def test_repeating_the_curriculum_survives_a_resume(cli, tmp_path):
+    whole = cli("fit", tmp_path / "whole", trainer__max_epochs=2, data__val="null")
+    half = cli("fit", tmp_path / "half", trainer__max_epochs=2, trainer__max_steps=6, data__val="null")
+    checkpoint = half / "checkpoints" / "last.ckpt"
+    rest = cli("fit", tmp_path / "rest", trainer__max_epochs=2, data__val="null", ckpt_path=checkpoint)
+    ends = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (whole, rest)]
+    assert ends[0]["rollouts_done"] == ends[1]["rollouts_done"] == 8
+    assert all(torch.equal(w, ends[1]["state_dict"][k]) for k, w in ends[0]["state_dict"].items())
+
+
+def test_bf16_weights_train(cli, tmp_path):
+    run = cli("fit", tmp_path / "run", trainer__precision="bf16-true", trainer__max_steps=1)
+    assert pd.read_csv(run / "metrics.csv")["train/loss"].notna().any()
+
+
+def test_a_fast_dev_run_works(cli, tmp_path):
+    cli("fit", tmp_path / "run", trainer__fast_dev_run="true")

@@ -3,7 +3,7 @@
 from lightning_rlvr.training.callbacks.evaluate_ends import EvaluateEnds
 from lightning_rlvr.training.callbacks.export import ExportPolicy
 from lightning_rlvr.training.callbacks.inert import InertTerms
-from lightning_rlvr.training.callbacks.interrupt import InterruptBetweenSteps
+from lightning_rlvr.training.callbacks.keep_last import KeepLastCheckpoint
 from lightning_rlvr.training.callbacks.ledger import TokenLedger
 from lightning_rlvr.training.callbacks.predictions import PredictionWriter
 from lightning_rlvr.training.callbacks.sample_table import SampleTable
@@ -14,7 +14,7 @@ __all__ = [
     "EvaluateEnds",
     "ExportPolicy",
     "InertTerms",
-    "InterruptBetweenSteps",
+    "KeepLastCheckpoint",
     "PredictionWriter",
     "RunSummary",
     "SampleTable",

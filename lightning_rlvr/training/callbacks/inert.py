@@ -32,6 +32,8 @@ class InertTerms(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Warn of what was measured to be idle."""
+        if not outputs["samples"]:  # dynamic sampling is still collecting
+            return
         values = {k: float(v) for k, v in trainer.callback_metrics.items()}
         shares = {
             k.removeprefix("train/grad_share/"): v for k, v in values.items() if k.startswith("train/grad_share/")

@@ -45,7 +45,7 @@ class TokenLedger(StepObserver):
 
     def on_updated(self, module: RLVRModule, record: StepRecord, clipped: Tensor) -> None:
         """Write the batch if it is its turn."""
-        if not self.every_n_batches or module.rollouts_done % self.every_n_batches:
+        if not self.every_n_batches or record.number % self.every_n_batches:
             return
         whole, mine = gather_stats(record.stats)  # all ranks take part
         counted = whole.counted()
@@ -57,7 +57,7 @@ class TokenLedger(StepObserver):
         table = ledger_table(record, clipped, covariance[:, : record.stats.mask.shape[1]], module.tokenizer)
         folder = Path(module.trainer.default_root_dir) / "ledger"
         folder.mkdir(exist_ok=True)
-        stem = folder / f"{module.rollouts_done:06d}"
+        stem = folder / f"{record.number:06d}"
         table.to_parquet(stem.with_suffix(".parquet"), index=False)
         prompts = {(p.uid, i % record.group_size): p.text for i, p in enumerate(record.experience.prompts)}
         page = ledger_page(table, prompts, self.responses)

@@ -15,7 +15,8 @@ from lightning_rlvr.types import UserError
 class SaveRollouts(StepObserver):
     """Writes rollout batches, with the policy before its update, to rollouts/ in the run's folder.
 
-    `python -m lightning_rlvr compare` replays them under any objectives.
+    `python -m lightning_rlvr compare` replays them under any objectives. With several processes these are the rows of
+    the first, so quantiles and means of a replay are theirs alone.
 
     Args:
         every_n_batches: write every n-th rollout batch; 0 writes none.
@@ -31,6 +32,6 @@ class SaveRollouts(StepObserver):
     @rank_zero_only
     def on_planned(self, module: RLVRModule, record: StepRecord) -> None:
         """Write the batch if it is its turn."""
-        if self.every_n_batches and module.rollouts_done % self.every_n_batches == 0:
-            folder = Path(module.trainer.default_root_dir) / "rollouts" / f"{module.rollouts_done:06d}"
+        if self.every_n_batches and record.number % self.every_n_batches == 0:
+            folder = Path(module.trainer.default_root_dir) / "rollouts" / f"{record.number:06d}"
             save_replay(folder, module, record)

@@ -36,6 +36,18 @@ class RunSummary(Callback):
         self._entropy: list[float] = []
         self._tokens = 0
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the run's folder, which the callbacks write into."""
+        Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run must know of its beginning."""
+        return {"held_out": self._held_out, "entropy": self._entropy}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the summary of the run that is resumed."""
+        self._held_out, self._entropy = state_dict["held_out"], state_dict["entropy"]
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -72,7 +84,7 @@ class RunSummary(Callback):
             "after": self._held_out[-1] if self._held_out else None,
             "train_entropy": {"first": self._entropy[0], "last": self._entropy[-1]} if self._entropy else None,
             "seconds": {**seconds, "total": time.perf_counter() - self._start},
-            "tokens_per_second": self._tokens / seconds["step"] if "step" in seconds else None,
+            "tokens_per_second": self._tokens * trainer.world_size / seconds["step"] if "step" in seconds else None,
             "peak_memory_bytes": peak_memory(),
             "optimizer_steps": trainer.global_step,
             "seed": module.seed,

@@ -1,4 +1,4 @@
-"""Ctrl-C between two steps, not inside one."""
+"""last.ckpt is the last complete step, at the end of a run and at Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import signal
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+if TYPE_CHECKING:
+    from lightning_rlvr.training.module import RLVRModule
 
-class InterruptBetweenSteps(Callback):
-    """Lets the step or validation under way end at Ctrl-C, writes last.ckpt, and only then stops the run.
+
+class KeepLastCheckpoint(Callback):
+    """Writes checkpoints/last.ckpt after the last batch, and at Ctrl-C once the step or validation under way has ended.
 
     A checkpoint from the middle of a step would hold a policy that no batch count belongs to. A second Ctrl-C
     stops at once and leaves the checkpoints that there are.
@@ -30,10 +33,17 @@ class InterruptBetweenSteps(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stop here if asked: the last step is complete and logged, the next has not begun."""
-        if self._asked:
-            if trainer.checkpoint_callback is not None:
-                trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+        groups = cast("RLVRModule", pl_module).groups
+        if self._asked and (groups is None or groups.batches == 0):  # a step may take several rollout batches
+            self._save(trainer)
             raise KeyboardInterrupt
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the checkpoint of the last batch; a moment later Lightning would count its epoch as closed."""
+        if trainer.is_last_batch or trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step:
+            self._save(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give SIGINT back."""
@@ -44,6 +54,11 @@ class InterruptBetweenSteps(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give SIGINT back; Lightning calls no teardown here."""
         self.teardown(trainer, pl_module, "fit")
+
+    @staticmethod
+    def _save(trainer: Trainer) -> None:
+        if trainer.checkpoint_callback is not None and not getattr(trainer, "fast_dev_run", False):
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked:

@@ -1,0 +1,36 @@
+"""What a checkpoint must hold to be continued."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_rlvr.types import UserError
+
+COUNTS = ("rollouts_done", "batches_trained", "objective_state")  # attributes of the module that are saved
+
+
+def check_checkpoint(
+    checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], objective_state: Mapping[str, float]
+) -> None:
+    """Compare a checkpoint with the weights and the objective's state at hand.
+
+    Raises: UserError if weights of the policy are missing or have another shape, the checkpoint is not one of ours,
+        or it holds the state of another objective.
+    """
+    stored = checkpoint["state_dict"]
+    mine = {name: weight for name, weight in weights.items() if name.startswith("policy.")}
+    wrong = [name for name, weight in mine.items() if name not in stored or stored[name].shape != weight.shape]
+    if wrong or not set(COUNTS) <= checkpoint.keys():
+        example = f", such as {wrong[0]}" if wrong else ""
+        raise UserError(
+            f"the checkpoint is not of this policy: {len(wrong)} of {len(mine)} weights are missing or have another "
+            f"shape{example}. Set ckpt_path, or model.policy."
+        )
+    if checkpoint["objective_state"].keys() != objective_state.keys():
+        raise UserError(
+            f"the checkpoint holds the state {checkpoint['objective_state']} of another objective. "
+            "Set ckpt_path, or model.objective to the one that it was trained with."
+        )
