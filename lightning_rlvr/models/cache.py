@@ -23,7 +23,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
     A build that fails or is killed leaves no `folder`. Where several processes build at a time, the first to
     finish wins and the others drop theirs.
 
-    Raises: UserError if the cache cannot be written.
+    Raises: UserError if the cache cannot be written, also in the midst of the build (a full disk).
     """
     if folder.is_dir():
         return
@@ -38,8 +38,18 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
     try:
         build(building)
         building.rename(folder)
-    except OSError:
-        if not folder.is_dir():
+    except Exception as error:
+        if not _is_of_the_disk(error):
             raise
+        if not folder.is_dir():
+            raise UserError(
+                f"The cache must take a whole policy, got {folder.parent}: making one there failed ({error}). Free "
+                "some space, or set model.policy.init_args.cache_dir or $LIGHTNING_RLVR_CACHE."
+            ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """Say whether the operating system refused; safetensors wraps that in an exception of its own."""
+    return isinstance(error, OSError) or "(os error " in str(error)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 NAME_KEY = "Set model.policy.init_args.name."
 PACKAGE = "package:"
 DECIDING = (".safetensors", ".bin", ".gguf", ".json", ".model", ".txt", ".jinja", ".py")  # kinds of file
-SAMPLE_BYTES = 1 << 20  # of each end of a weight file, for the fingerprint
+CHUNK_BYTES = 1 << 20  # read at a time for the fingerprint
 GGUF_NEEDS = ("gguf", "accelerate")
 
 
@@ -90,7 +91,7 @@ class Pretrained(PolicySource):
         return Policy(finish_model(model), self.tokenizer())
 
     def fingerprint(self) -> str:
-        """Hash the settings and the content of the model's folder (of large files both ends and the size)."""
+        """Hash the settings and the content of the model's folder; a file is read once in a process."""
         settings = {key: value for key, value in asdict(self).items() if key not in ("name", "cache_dir")}
         return _digest([settings, _content(self._origin(), self.gguf_file)])
 
@@ -170,17 +171,23 @@ def _package_folder(package: str) -> Path:
 
 
 def _content(folder: Path, gguf_file: str | None) -> dict[str, str]:
-    """Hash each file that decides model or tokenizer; of large ones both ends and the size."""
+    """Hash each file that decides model or tokenizer."""
     paths = [folder / gguf_file] if gguf_file else sorted(p for p in folder.iterdir() if p.is_file())
     return {path.name: _file_digest(path) for path in paths if path.suffix in DECIDING}
 
 
 def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256(str(path.stat().st_size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(SAMPLE_BYTES))
-        file.seek(max(0, path.stat().st_size - SAMPLE_BYTES))
-        digest.update(file.read(SAMPLE_BYTES))
+    """Hash a file's content, once in a process as long as its size and time of change stay."""
+    found = path.stat()
+    return _hashed(str(path.absolute()), found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _hashed(path: str, size: int, mtime_ns: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

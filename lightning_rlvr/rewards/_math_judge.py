@@ -12,12 +12,16 @@ from functools import lru_cache
 from typing import Any
 
 from math_verify import parse, verify
-from sympy import Basic, Integer, MatrixBase, Mul, Rational, UnevaluatedExpr
+from sympy import Basic, Expr, Integer, MatrixBase, Mul, Rational, UnevaluatedExpr
 
 logging.disable(logging.CRITICAL)
 
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 _DOLLAR = re.compile(r"(?<!\\)\$")
+_BASED = re.compile(r"\$?\s*-?[0-9A-Za-z.]+\s*_\s*(?:\{\s*(?:\\(?:text|mathrm)\s*\{\s*)?(\d+)[\s}]*\}|(\d+))\s*\$?")
+_CLOSE = 1.000001e-6  # of the larger number; more than 1e-6 by what 0.333333 loses as a float
+_PLAIN = {"no", "on"}  # no products of variables, though they are two small letters
+_INFINITE = {"inf", "infinity"}  # words that math-verify reads
 _WORDS = re.compile(r"(?:\\(?:text|mathrm|textbf|textit|mbox)\s*\{\s*([^{}]*)\}|([^{}\\]*))")
 
 
@@ -30,7 +34,7 @@ def judge(item: dict[str, Any]) -> Any:
     if item["do"] == "same":
         return _same(item["a"], item["b"])
     answer = _read(item["answer"]) if item["whole"] else _parse(item["answer"])
-    correct = _matches(_read(item["gold"]), answer) or (item["whole"] and _same_words(item["gold"], item["answer"]))
+    correct = _answers(item["gold"], item["answer"] if item["whole"] else _kept(answer) or "", answer)
     if not correct and not _expressions(answer):
         return {"status": "unparsable", "normal": None}
     return {"status": "correct" if correct else "wrong", "normal": _normal(answer, item)}
@@ -68,37 +72,83 @@ def _matches(gold: list[Any], answer: list[Any]) -> bool:
     """Verify; a percentage asked for is a unit: 300 answers a gold of 300 %, 3 does not."""
     if _is_percent(gold) and not _is_percent(answer):
         gold = [_percent(part) for part in gold if _percent(part) is not None]
-    return bool(verify(gold, answer, timeout_seconds=None))
+    return bool(verify(gold, answer, timeout_seconds=None)) and _close(_expressions(gold), _expressions(answer))
+
+
+def _close(gold: list[Any], answer: list[Any]) -> bool:
+    """Say whether two real numbers differ by a millionth at most: verify rounds them to 6 places, be they 1e-19."""
+    values = [[_real(part) for part in side] for side in (gold, answer)]
+    if not all(values) or any(value is None for side in values for value in side):
+        return True
+    return any(bool(abs(a - b) <= _CLOSE * max(abs(a), abs(b))) for a in values[0] for b in values[1])
+
+
+def _real(part: Any) -> Any:
+    """Return the value as a Float, None if it is no real number."""
+    part = part if _percent(part) is None else _percent(part) / 100
+    value = part.evalf() if isinstance(part, Expr) and part.is_number else None
+    return value if value is not None and (value.is_Float or value.is_Integer) else None
 
 
 def _same(a: str, b: str) -> bool:
     first, second = _read(a), _read(b)
-    if _same_words(a, b):
-        return True
-    if _is_percent(first) != _is_percent(second):
-        return _matches(first, second) if _is_percent(first) else _matches(second, first)
-    return _matches(first, second) or _matches(second, first)
+    if _is_percent(first) and not _is_percent(second):
+        return _answers(a, b, second)
+    return _answers(b, a, first) or (not _is_percent(second) and _answers(a, b, second))
 
 
-def _same_words(a: str, b: str) -> bool:
-    r"""Say whether both are words and the same ones, in \text{...} or bare, whatever their case."""
+def _answers(gold: str, text: str, answer: list[Any]) -> bool:
+    """Say whether an answer, a text and what it was parsed into, answers the gold."""
+    same = _same_words(gold, text)
+    if same is not None:
+        return same
+    bases = {base for base in (_base(gold), _base(text)) if base}
+    return len(bases) < 2 and _matches(_read(gold), answer)
+
+
+def _base(text: str) -> str | None:
+    """Return the base of a numeral such as 4210_5, which math-verify leaves out."""
+    match = _BASED.fullmatch(text.strip())
+    return (match.group(1) or match.group(2)) if match else None
+
+
+def _same_words(a: str, b: str) -> bool | None:
+    r"""Say whether two words, in \text{...} or bare, are the same whatever their case; None if one is no word.
+
+    math-verify would read bare ones as products: live = evil. Of two small letters that is meant: xy = yx.
+    """
     first, second = _words(a), _words(b)
-    return first is not None and first == second
+    if first is None or second is None:
+        return None
+    if first.casefold() == second.casefold():
+        return True
+    if {"and", "or"} & {*first.split(), *second.split()}:
+        return None  # a list, in any order
+    products = all(len(words) == 2 and words.islower() and words not in _PLAIN for words in (first, second))
+    return None if products or {first.casefold(), second.casefold()} <= _INFINITE else False
 
 
 def _words(text: str) -> str | None:
     match = _WORDS.fullmatch(text.strip().strip("$").strip())
-    words = " ".join((match.group(1) or match.group(2) or "").split()).casefold() if match else ""
+    words = " ".join((match.group(1) or match.group(2) or "").split()) if match else ""
     letters = words.replace(" ", "")
-    return words if len(letters) > 1 and letters.isalpha() else None
+    spaced = " " in words and len(letters) == len(words.split())  # x y z: variables
+    return words if len(letters) > 1 and letters.isalpha() and not spaced else None
+
+
+def _kept(parsed: list[Any]) -> str | None:
+    """Return the text of the answer as math-verify kept it."""
+    return next((part for part in parsed if isinstance(part, str) and part.strip()), None)
 
 
 def _normal(parsed: list[Any], item: dict[str, Any]) -> str:
     """Return a text that reads back as the same answer: p/q for rationals, else the LaTeX math-verify kept."""
     value = next(iter(_expressions(parsed)), None)
+    kept = _kept(parsed)
+    if kept is not None and _base(kept):
+        return kept
     if isinstance(value, Rational) and value.q != 0:
         return f"{value.p}/{value.q}" if value.q != 1 else f"{value.p}"
-    kept = next((part for part in parsed if isinstance(part, str) and part.strip()), None)
     text = kept if kept is not None else str(item["answer"])
     if value is not None and _percent(value) is not None and "%" not in text:
         text += r"\%"

@@ -11,7 +11,12 @@ from lightning_rlvr.types import Prompt, Response, Reward, Status, UserError, Ve
 
 
 def compiled(pattern: str, key: str, flags: int = 0) -> re.Pattern[str]:
-    """Compile a pattern of the user's. Raises UserError that names the key."""
+    """Compile a pattern of the user's. Raises UserError that names the key, also for null."""
+    if pattern is None:
+        raise UserError(
+            f"{key} must be a text, got null: a value that starts with # is read as a comment on its way through "
+            f"YAML. Write the first # as [#] in reward.init_args.{key}, or leave out a key that is not needed."
+        )
     try:
         return re.compile(pattern, flags)
     except re.error as error:
@@ -24,17 +29,12 @@ class AnswerFinder:
     r"""Finds the final answer in a response: the last match of a pattern, or where answers usually stand.
 
     `pattern` is a regular expression: group 1 of its last match is the answer, the whole match if it has no
-    group. Without a pattern: the last \boxed{...}, else what follows the last ####. Only the last 20,000
+    group. Without a pattern: the last \boxed{...}, else what follows #### on the last line. Only the last 20,000
     characters are looked at; a pattern with nested repetition, (a+)+, can still take very long on them.
     """
 
     def __init__(self, pattern: str = "") -> None:
-        if pattern is None:
-            raise UserError(
-                "answer_pattern must be a text, got null: a value that starts with # is read as a comment on its way "
-                "through YAML. Write the first # as [#], or leave reward.init_args.answer_pattern out."
-            )
-        self.pattern = compiled(pattern, "answer_pattern") if pattern else None
+        self.pattern = None if pattern == "" else compiled(pattern, "answer_pattern")
 
     def __call__(self, text: str) -> str | None:
         """Return the final answer as it stands, None if there is none."""
@@ -62,13 +62,23 @@ class ExactMatch(Reward):
         return f"ExactMatch(answer_pattern={self.answer_pattern!r}, ignore_case={self.ignore_case})"
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise UserError with the uid of the first empty gold answer: no response could equal it."""
+        """Raise UserError with the uid of the first gold answer that no response could equal.
+
+        It is empty or, without a pattern, marks an answer of its own, as a worked solution does.
+        """
         for prompt in prompts:
             if not self._normal(prompt.answer):
                 raise UserError(
                     f"every gold answer must hold text, got {prompt.answer!r} for question {prompt.uid!r}: no "
                     "response could be right. Put the answer column of the data set right, or set the task's "
                     "answer key in data.train.init_args."
+                )
+            inner = extract.marked_answer(prompt.answer) if self.find.pattern is None else None
+            if inner is not None and self._normal(inner) != self._normal(prompt.answer):
+                raise UserError(
+                    f"every gold answer must be the answer alone, got {prompt.answer[:200]!r} for question "
+                    f"{prompt.uid!r}: of a response that ends so only {inner[:200]!r} is compared. Set the task's "
+                    "answer_pattern in data.train.init_args (or data.val)."
                 )
 
     def __call__(self, responses: Sequence[Response], prompts: Sequence[Prompt]) -> list[Verdict]:

@@ -8,7 +8,6 @@ import re
 
 TAIL = 20_000  # characters: a final answer further from the end than that is not found
 _TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[\s\S]|[{}]")
-_HASHES = re.compile(r"####[ \t]*([^\n]*)")
 
 
 def last_boxed(text: str) -> str | None:
@@ -36,19 +35,22 @@ def last_boxed(text: str) -> str | None:
 
 
 def after_hashes(text: str) -> str | None:
-    """Return what follows the last #### on its line, as in GSM8K; None if there is none.
+    r"""Return what follows #### on the last line that is not blank, as in GSM8K; None if nothing does.
+
+    Elsewhere #### is a heading of Markdown.
 
     >>> after_hashes("so 5 apples a day. #### 1,234")
     '1,234'
+    >>> after_hashes("#### Final answer\nThe answer is 42.") is None
+    True
     """
-    found = None
-    for match in _HASHES.finditer(text[-TAIL:]):
-        found = match.group(1).strip()
-    return found
+    last_line = text[-TAIL:].rstrip().rpartition("\n")[2]
+    _, hashes, found = last_line.rpartition("####")
+    return found.strip() or None if hashes else None
 
 
 def marked_answer(text: str) -> str | None:
-    r"""Return the last \boxed{...}, else what follows the last ####, else None."""
+    r"""Return the last \boxed{...}, else what follows #### on the last line, else None."""
     boxed = last_boxed(text)
     return after_hashes(text) if boxed is None else boxed
 

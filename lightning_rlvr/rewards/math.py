@@ -1,7 +1,7 @@
 r"""Answers to mathematical questions, judged by math-verify in worker processes.
 
-Which part of a response is its final answer: the last \boxed{...} whose braces close; else what follows the
-last ####; else the response as a whole if it is a plain number; else, unless the response was truncated, the
+Which part of a response is its final answer: the last \boxed{...} whose braces close; else what follows ####
+on the last line; else the response as a whole if it is a plain number; else, unless the response was truncated, the
 last expression that math-verify finds in the last lines.
 """
 
@@ -37,7 +37,10 @@ class MathAnswer(Reward):
     and ERROR say that the verifier gave up, with score 0.0. `Verdict.answer` is a text that `equivalent`
     reads: 2/4 and \frac12 give 1/2, 1,234.0 gives 1234, other LaTeX is kept as math-verify normalises it.
 
-    A gold answer with a percent sign is in percent: 300 answers 300\%, 3 does not.
+    A gold answer with a percent sign is in percent: 300 answers 300\%, 3 does not. Decimals are rounded to 6
+    places and to a millionth of their size: 0.333333 answers 1/3, 0.0000004 does not answer 0.0000002. Words
+    are compared as words, whatever their case: live does not answer evil. A base is compared where both sides
+    name one: 4210_6 does not answer 4210_5, 4210 does.
     """
 
     def __init__(self, workers: int | None = None, timeout_s: float = 5.0, memory_mb: int = 1024) -> None:

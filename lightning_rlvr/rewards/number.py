@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 MAX_CHARACTERS = 60  # longer digit strings go to math-verify in its worker
 DECIMAL_DIGITS = 15  # what a float of math-verify's holds
-TOLERANCE = Fraction(1, 100_000)  # math-verify rounds decimals to 6 places: closer pairs are left to it
+TOLERANCE = Fraction(1, 1_000_000)  # of the larger number: math-verify, which rounds decimals to 6 places, says
 
 _INTEGER = r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)"
 _DECIMAL = re.compile(rf"(-?)({_INTEGER}|)\.(\d+)", re.ASCII)
@@ -63,7 +63,7 @@ def same_number(a: Number | None, b: Number | None) -> bool | None:
         return None
     if a.value == b.value:
         return True
-    if (a.decimal or b.decimal) and abs(a.value - b.value) < TOLERANCE:
+    if (a.decimal or b.decimal) and abs(a.value - b.value) <= TOLERANCE * max(abs(a.value), abs(b.value)):
         return None
     return False
 

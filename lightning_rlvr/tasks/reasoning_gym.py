@@ -53,7 +53,8 @@ class ReasoningGym(Task):
         prompt_template: text with {question} and any key of the item's metadata, such as "{expression} =".
         unique: drop items whose prompt text occurred before in the range; fewer than `size` may remain.
 
-    Each prompt's metadata holds "source_dataset" and "entry" ({question, answer, metadata}) for the scorer.
+    Each prompt's metadata holds "source_dataset", "entry" ({question, answer, metadata}) and "config" for the
+    scorer.
     Data sets whose answers only a scorer can judge give answer "". The uid is "name:seed:index", with a
     digest of `config` after the seed if there is one.
     """
@@ -90,7 +91,7 @@ class ReasoningGym(Task):
         template = Template.parse(self.prompt_template)
         prefix = self._uid_prefix()
         indices = range(self.start, self.start + self.size)
-        prompts = [_prompt(self._entry(dataset, i), template, f"{prefix}:{i}", self.name) for i in indices]
+        prompts = [self._prompt(self._entry(dataset, i), template, f"{prefix}:{i}") for i in indices]
         return drop_repeats(prompts) if self.unique else prompts
 
     def _dataset(self) -> Any:
@@ -159,22 +160,22 @@ class ReasoningGym(Task):
                 "Change the task's config, start or size."
             ) from error
 
+    def _prompt(self, entry: Mapping[str, Any], template: Template, uid: str) -> Prompt:
+        details = entry["metadata"]
+        answer = entry["answer"]
+        source = details.get("source_dataset", self.name)
+        return Prompt(
+            uid=uid,
+            text=template.render({**details, "question": entry["question"]}),
+            answer="" if answer is None else str(answer),
+            metadata={"source_dataset": source, "entry": dict(entry), "config": dict(self.config)},
+        )
+
     def _uid_prefix(self) -> str:
         if not self.config:
             return f"{self.name}:{self.seed}"
         text = json.dumps(self.config, sort_keys=True, default=str)
         return f"{self.name}:{self.seed}:{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def _prompt(entry: Mapping[str, Any], template: Template, uid: str, name: str) -> Prompt:
-    details = entry["metadata"]
-    answer = entry["answer"]
-    return Prompt(
-        uid=uid,
-        text=template.render({**details, "question": entry["question"]}),
-        answer="" if answer is None else str(answer),
-        metadata={"source_dataset": details.get("source_dataset", name), "entry": dict(entry)},
-    )
 
 
 @contextmanager

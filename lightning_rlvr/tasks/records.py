@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -100,7 +101,8 @@ class Records(Task):
         values = {**record, "question": question}
         template = Template.parse(self.prompt_template)
         for name in template.names:
-            if values.get(name, "") is None:
+            value = values.get(name, "")
+            if value is None or (isinstance(value, float) and math.isnan(value)):
                 raise UserError(
                     f"prompt_template must use filled columns, but {name!r} is empty in {at}. "
                     "Change the task's prompt_template or rows."

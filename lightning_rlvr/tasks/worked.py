@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_rlvr.tasks.template import Template
 from lightning_rlvr.types import Teacher, UserError
 
 
@@ -32,7 +33,7 @@ class WorkedChainSum(Teacher):
     Args:
         min_terms, max_terms, min_digits, max_digits: difficulty, as in reasoning_gym.
         direct, in_order, any_order: shares of the styles; they sum to 1.
-        prompt_template: format string over the keys of the reasoning_gym entry's metadata.
+        prompt_template: text with keys of the reasoning_gym entry's metadata, as in tasks.ReasoningGym.
         marker: what precedes the final answer.
         question_seed: seed of the reasoning_gym data set; the order of examples has its own.
         first_index, last_index: range of the data set's indices to draw from, the last one excluded.
@@ -52,6 +53,7 @@ class WorkedChainSum(Teacher):
     last_index: int = 200_000_000
 
     def __post_init__(self) -> None:
+        Template.parse(self.prompt_template)
         shares = {key: getattr(self, key) for key in ("direct", "in_order", "any_order")}
         if min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
             raise UserError(
@@ -71,13 +73,13 @@ class WorkedChainSum(Teacher):
         none that reasoning_gym accepts.
         """
         rng = random.Random(seed)
-        questions = self._questions()
+        questions, template = self._questions(), Template.parse(self.prompt_template)
         styles, shares = (direct, in_order, any_order), (self.direct, self.in_order, self.any_order)
         while True:
             metadata = questions[rng.randrange(self.first_index, self.last_index)]["metadata"]
             (style,) = rng.choices(styles, shares)
             terms = parse_terms(metadata["expression"])
-            yield self._prompt(metadata), f"{style(terms, rng)}{self.marker}{sum(map(int, terms))}"
+            yield template.render(metadata), f"{style(terms, rng)}{self.marker}{sum(map(int, terms))}"
 
     def _questions(self) -> Any:
         import reasoning_gym
@@ -96,15 +98,6 @@ class WorkedChainSum(Teacher):
             raise UserError(
                 f"chain_sum must have 1 <= min <= max for terms and digits, got {self}: {error}. "
                 "Set them in the teacher's init_args."
-            ) from error
-
-    def _prompt(self, metadata: dict[str, Any]) -> str:
-        try:
-            return self.prompt_template.format_map(metadata)
-        except KeyError as error:
-            raise UserError(
-                f"prompt_template must use keys of the metadata {sorted(metadata)}, got "
-                f"{self.prompt_template!r}: {error} is none. Set prompt_template of the teacher's init_args."
             ) from error
 
 

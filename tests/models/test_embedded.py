@@ -1,3 +1,4 @@
+import errno
 import json
 import random
 import time
@@ -6,8 +7,10 @@ from itertools import islice
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lightning_rlvr.models.cache import build_once
 from lightning_rlvr.models.embedded import Embedded
 from lightning_rlvr.models.warm_start import IGNORED, collate
 from lightning_rlvr.types import Teacher, UserError
@@ -133,6 +136,22 @@ def test_a_failed_warm_start_leaves_nothing_behind(tmp_path):
 
     with pytest.raises(UserError, match=r"3 short of a batch of 4.*model\.policy\.init_args\.teacher"):
         source.load()
+    assert list(tmp_path.iterdir()) == []
+
+
+def fill_the_disk(folder):
+    (folder / "half").write_text("x")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def fail_in_safetensors(folder):
+    save_file({"half": torch.zeros(1)}, folder / "missing" / "model.safetensors")  # raises no OSError
+
+
+@pytest.mark.parametrize(("build", "reason"), [(fill_the_disk, "No space left"), (fail_in_safetensors, "os error 2")])
+def test_a_build_that_cannot_be_written_is_explained_and_leaves_nothing(build, reason, tmp_path):
+    with pytest.raises(UserError, match=rf"{reason}.*model\.policy\.init_args\.cache_dir"):
+        build_once(tmp_path / "policy", build)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,7 +1,10 @@
+import hashlib
 import importlib.util
 import json
+import os
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -77,6 +80,23 @@ def test_the_fingerprint_follows_weights_and_settings(folder):
         next(model.parameters()).add_(1)
     model.save_pretrained(folder)
     assert source.fingerprint() != before
+
+
+def test_the_fingerprint_follows_the_middle_of_a_large_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    data = bytearray(3 << 20)
+    path.write_bytes(data)
+    source = Pretrained(str(tmp_path))
+    before = source.fingerprint()
+    data[len(data) // 2] = 1
+    path.write_bytes(data)
+    os.utime(path, ns=(1, 1))
+    after = source.fingerprint()
+
+    assert after != before
+    monkeypatch.setattr(hashlib, "sha256", Mock(wraps=hashlib.sha256))
+    assert source.fingerprint() == after
+    assert hashlib.sha256.call_count == 1  # of the digests; the file is not read again
 
 
 def test_a_tokenizer_without_eos_is_refused(folder):

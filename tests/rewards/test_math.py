@@ -71,6 +71,18 @@ RIGHT = [  # final answer, gold
     (r"\pi r^2", r"r^2\pi"),
     (r"1\frac{1}{2}", "1.5"),
     ("$\n\\frac{1}\n{2}\n$", "1/2"),
+    ("0.142857", "1/7"),
+    (r"1.6\times10^{-19}", r"16 \times 10^{-20}"),
+    ("0.0000004", r"4\times10^{-7}"),
+    ("1.414214", r"\sqrt{2}"),
+    ("yx", "xy"),
+    ("y x z", "xyz"),
+    ("YES", r"\text{yes}"),
+    ("Friday and Monday", "Monday and Friday"),
+    ("infinity", "inf"),
+    ("4210", "4210_5"),
+    ("4210_5", "4210"),
+    ("4210_{5}", "$4210_5$"),
 ]
 WRONG = [
     ("3", "2"),
@@ -89,6 +101,19 @@ WRONG = [
     (r"\sqrt{2}", "1.41"),
     ("12345678901234567890", "12345678901234567891"),
     ("1/0", "0"),
+    (r"9\times10^{-31}", r"1.6\times10^{-19}"),
+    ("0.0000002", "0.0000004"),
+    ("0.0000002", r"4\times10^{-7}"),
+    ("0.0000001", "0"),
+    (r"0.0000002\%", r"0.0000004\%"),
+    (r"4210_{\text{5}}", "4210_6"),
+    ("live", "evil"),
+    ("live", r"\text{evil}"),
+    ("ABC", "CAB"),
+    ("no", "on"),
+    ("ON", "NO"),
+    ("4210_5", "4210_6"),
+    ("4210_{5}", "4210_{12}"),
 ]
 
 
@@ -120,6 +145,8 @@ def test_every_right_pair_is_equivalent_in_both_orders(reward):
 def test_equivalence_tells_apart(reward):
     pairs = [("1/2", "0.5"), ("3", r"300\%"), (r"300\%", "3"), ("300", r"300\%"), ("1<x<2", "(1,2)"), ("1", "2")]
     assert reward.equivalent(pairs) == [True, False, False, True, True, False]
+    pairs = [("live", "evil"), ("xy", "yx"), ("4210_5", "4210_6"), ("0.0000004", "0.0000002")]
+    assert reward.equivalent(pairs) == [False, True, False, False]
     assert reward.equivalent([]) == []
 
 
@@ -135,7 +162,12 @@ def test_equivalence_tells_apart(reward):
         (r"\boxed{}", "3", "unparsable", None),
         (r"#### 5 \boxed{3}", "3", "correct", "3"),
         ("9 - 4 = 5\n#### 1,005", "1005", "correct", "1005"),
-        ("#### 4\n#### 5 \nbye 6", "5", "correct", "5"),
+        ("#### 4\n#### 5 \n\n", "5", "correct", "5"),
+        ("#### 4\n#### 5 \nbye 6", "5", "wrong", "6"),
+        ("#### Final answer\nThe answer is 42.", "42", "correct", "42"),
+        ("The answer is 42.\n####", "42", "correct", "42"),
+        ("It is $live$.", "evil", "wrong", "live"),
+        (r"It is $4210_6$.", "4210_5", "wrong", "4210_6"),
         ("  42\n", "42", "correct", "42"),
         ("So it costs 18 dollars, and the answer is 20.", "20", "correct", "20"),
         (r"The final answer is $\frac{3}{6}$.", "0.5", "correct", "1/2"),
@@ -262,7 +294,8 @@ def by_math_verify(gold, answer):
     from math_verify import parse, verify
 
     first, second = (parse(f"${text}$", parsing_timeout=None) for text in (gold, answer))
-    return verify(first, second, timeout_seconds=None)
+    a, b = plain_number(gold).value, plain_number(answer).value
+    return verify(first, second, timeout_seconds=None) and abs(a - b) <= max(abs(a), abs(b)) / 10**6
 
 
 @settings(max_examples=200, deadline=None)
@@ -309,5 +342,7 @@ def test_other_texts_are_left_to_math_verify(text):
 def test_near_misses_are_left_to_math_verify():
     assert same_number(plain_number("0.333333"), plain_number("1/3")) is None
     assert same_number(plain_number("0.3333"), plain_number("1/3")) is False
+    assert same_number(plain_number("0.0000004"), plain_number("0.0000002")) is False
+    assert same_number(plain_number("0.0000001"), plain_number("0")) is False
     assert _quick(("2", True, "2.00")).answer == "2"
     assert _quick(("2", False, "2")) is None

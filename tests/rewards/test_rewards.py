@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from lightning_rlvr.rewards import ExactMatch, FormatMatch, MathAnswer, Part, Re
 from lightning_rlvr.rewards.cache import BoundedCache
 from lightning_rlvr.rewards.extract import TAIL, last_boxed, last_lines, marked_answer
 from lightning_rlvr.rewards.reasoning_gym import EXECUTING
+from lightning_rlvr.tasks import ReasoningGym
 from lightning_rlvr.types import Prompt, Response, Reward, Status, UserError
 
 PROMPT = Prompt("u1", "question", "New  York")
@@ -31,8 +33,11 @@ def judge(reward, text, prompt=PROMPT):
         (r"\boxed{a} \boxed{b", "a"),
         (r"} } \boxed{a}", "a"),
         (r"\boxed{x \boxed{y}}", "y"),
-        ("#### a\n#### b \nc", "b"),
-        ("####\nb", ""),
+        ("#### a\n#### b \n \n", "b"),
+        ("#### a\nb", None),
+        ("####\nb", None),
+        ("b\n#### ", None),
+        ("a #### b", "b"),
         ("nothing", None),
         (r"\boxed{a}" + " " * TAIL, None),
     ],
@@ -87,6 +92,13 @@ def test_exact_match_refuses_an_empty_gold():
         ExactMatch().check([PROMPT, Prompt("u7", "", " ")])
 
 
+@pytest.mark.parametrize("gold", ["work #### 5", r"so \boxed{5}"])
+def test_exact_match_refuses_a_gold_that_marks_another(gold):
+    with pytest.raises(UserError, match=r"'u7': .* '5' .* Set the task's answer_pattern"):
+        ExactMatch().check([PROMPT, Prompt("u7", "", gold)])
+    ExactMatch(r"A: (.*)").check([Prompt("u7", "", gold)])
+
+
 @pytest.mark.parametrize(
     ("text", "score"),
     [("<t>\na\n</t>b", 1.0), ("<t>a</t>b ", 0.0), (" <t></t>b", 0.0), ("<t>" + "a" * 100_000 + "</t>b", 0.0)],
@@ -101,6 +113,8 @@ def test_patterns_are_checked():
     for make, key in ((ExactMatch, "answer_pattern"), (FormatMatch, "pattern"), (ReasoningGymScore, "answer_pattern")):
         with pytest.raises(UserError, match=f"init_args.{key}"):
             make("(")
+        with pytest.raises(UserError, match=rf"{key} must be a text, got null.*\[#\]"):
+            make(None)
 
 
 # --- weighted sums ---------------------------------------------------------------------------------
@@ -207,14 +221,14 @@ def test_the_scorer_of_the_data_set_decides():
 def test_a_scorer_that_raises_is_an_error(monkeypatch):
     prompt = gym_prompt("chain_sum")
     reward = ReasoningGymScore()
-    reward._scorers["chain_sum"] = lambda answer, entry: 1 / 0
+    reward._scorers["chain_sum", "{}"] = lambda answer, entry: 1 / 0
     assert judge(reward, "#### 3", prompt).status is Status.ERROR
 
 
 def test_a_scorer_cannot_change_the_entry():
     prompt = gym_prompt("chain_sum")
     reward = ReasoningGymScore()
-    reward._scorers["chain_sum"] = lambda answer, entry: float(entry["metadata"].clear() is None)
+    reward._scorers["chain_sum", "{}"] = lambda answer, entry: float(entry["metadata"].clear() is None)
     judge(reward, "#### 3", prompt)
     assert prompt.metadata["entry"]["metadata"]
 
@@ -233,9 +247,34 @@ def test_executing_scorers_are_refused():
             judge(ReasoningGymScore(), "#### print(1)", prompt)
 
 
+@pytest.mark.parametrize("name", ["coin_flip", "game_of_life_halting"])
+def test_scorers_that_accept_wrong_answers_are_refused(name):
+    with pytest.raises(UserError, match=rf"'{name}' for question '{name}:3:0': it gives full marks.*ExactMatch"):
+        ReasoningGymScore().check([gym_prompt(name)])
+
+
+def test_the_scorer_has_the_settings_of_the_task():
+    reward = ReasoningGymScore()
+    for places, score in ((2, 1.0), (5, 0.0), (2, 1.0)):
+        settings = {"min_num_decimal_places": 2, "max_num_decimal_places": places, "size": 9}
+        task = ReasoningGym("decimal_arithmetic", size=1, config=settings)
+        prompt = replace(task.load()[0], answer="0.5")
+        prompt.metadata["entry"]["answer"] = "0.5"
+        reward.check([prompt])
+        assert judge(reward, "#### 0.505", prompt).score == score
+    assert len(reward._scorers) == 2
+
+
 @pytest.mark.parametrize(
     "metadata",
-    [{}, {"source_dataset": "no_such"}, {"source_dataset": ["x"]}, {"source_dataset": "chain_sum"}],
+    [
+        {},
+        {"source_dataset": "no_such"},
+        {"source_dataset": ["x"]},
+        {"source_dataset": "chain_sum"},
+        {"source_dataset": "chain_sum", "config": 3},
+        {"source_dataset": "chain_sum", "config": {"no_such": 3}},
+    ],
 )
 def test_other_prompts_are_refused(metadata):
     with pytest.raises(UserError, match=r"tasks\.ReasoningGym"):

@@ -176,6 +176,12 @@ def test_bad_arguments_name_the_key(tmp_path, arguments, message):
         Files(path, **arguments).load()
 
 
+def test_a_template_refuses_what_is_no_number(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"question": "q", "answer": "1", "level": NaN}')
+    with pytest.raises(UserError, match="'level' is empty in row 0"):
+        Files(str(tmp_path / "a.jsonl"), prompt_template="{level}: {question}").load()
+
+
 def test_rows_outside_the_slice_are_not_judged(tmp_path):
     path = write(tmp_path / "a.json", [{"question": "q", "answer": "1"}, {"question": "", "answer": ""}])
     assert len(Files(path, rows=(0, 1)).load()) == 1

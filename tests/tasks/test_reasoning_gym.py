@@ -17,7 +17,7 @@ def test_a_prompt_holds_what_the_scorer_needs():
     prompt = ReasoningGym("chain_sum", size=3, seed=42).load()[1]
     entry = reasoning_gym.create_dataset("chain_sum", seed=42, size=3)[1]
     assert (prompt.uid, prompt.text, prompt.answer) == ("chain_sum:42:1", entry["question"], entry["answer"])
-    assert prompt.metadata == {"source_dataset": "chain_sum", "entry": entry}
+    assert prompt.metadata == {"source_dataset": "chain_sum", "entry": entry, "config": {}}
     assert reasoning_gym.get_score_answer_fn("chain_sum")(prompt.answer, prompt.metadata["entry"]) == 1.0
 
 

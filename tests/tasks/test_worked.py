@@ -101,6 +101,8 @@ def test_template_and_marker_are_used():
         ({"direct": -0.1, "in_order": 0.8}, "direct"),
         ({"first_index": 5, "last_index": 5}, "first_index"),
         ({"prompt_template": "{question_text}"}, "question_text"),
+        ({"prompt_template": "{expression.__class__}"}, "plain"),
+        ({"prompt_template": "sum:"}, "prompt_template must name"),
         ({"min_terms": 6}, "min"),
     ],
 )

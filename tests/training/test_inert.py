@@ -26,7 +26,7 @@ def after(*steps):
         warnings.simplefilter("always")
         for step in steps:
             metrics = {f"train/{name}": torch.tensor(value) for name, value in step.items()}
-            callback.on_train_batch_end(SimpleNamespace(callback_metrics=metrics), None, None, None, 0)
+            callback.on_train_batch_end(SimpleNamespace(callback_metrics=metrics), None, {"samples": [{}]}, None, 0)
     return [str(warning.message) for warning in seen]
 
 
