@@ -232,6 +232,10 @@ class TokenPlan:
         """Return the plan of the given rows."""
         return _rows(self, index)
 
+    def width(self, tokens: int) -> TokenPlan:
+        """Return the plan of the first `tokens` columns: what other ranks padded this one's rows with goes."""
+        return _rows(self, (slice(None), slice(tokens)))
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -307,7 +311,7 @@ class Objective(ABC):
 _Batch = TypeVar("_Batch", "Rollouts", "TokenPlan")
 
 
-def _rows(batch: _Batch, index: Tensor | slice) -> _Batch:
+def _rows(batch: _Batch, index: Tensor | slice | tuple[slice, slice]) -> _Batch:
     def pick(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: pick(item) for key, item in value.items()}

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from lightning_rlvr.curriculum import CurriculumSampler
@@ -22,9 +20,10 @@ from lightning_rlvr.ops.advantages import group_advantages
 from lightning_rlvr.rollout import TransformersEngine, seed_of
 from lightning_rlvr.training.checkpoint import COUNTS, check_checkpoint
 from lightning_rlvr.training.clock import Clock
-from lightning_rlvr.training.distributed import add_ratios, gather_stats, reduce_ratios, world_size
+from lightning_rlvr.training.distributed import gather_stats, reduce_ratios, world_size
 from lightning_rlvr.training.dynamic_sampling import GroupBuffer
 from lightning_rlvr.training.experience import Experience, PromptBatch, StepObserver, StepRecord, describe
+from lightning_rlvr.training.update import update_policy
 from lightning_rlvr.types import (
     Engine,
     Objective,
@@ -33,7 +32,6 @@ from lightning_rlvr.types import (
     Reward,
     Rollouts,
     Sampling,
-    TokenBatch,
     TokenPlan,
     TokenStats,
     UserError,
@@ -207,7 +205,7 @@ class RLVRModule(LightningModule):
             for observer in observers:
                 observer.on_planned(self, record)
             with self.clock.part("update"):
-                metrics, clipped = self.update(experience.rollouts, stats, plan, ref_logp)
+                metrics, clipped = update_policy(self, record)
             for observer in observers:
                 observer.on_updated(self, record, clipped)
         metrics |= describe(experience, stats, plan, batch.samples)
@@ -260,7 +258,7 @@ class RLVRModule(LightningModule):
         """
         whole, mine = gather_stats(replace(stats, state=self.objective_state))
         self.objective_state = self.objective.next_state(self.objective_state, whole)
-        return self.objective.plan(whole).rows(mine)
+        return self.objective.plan(whole).rows(mine).width(stats.mask.shape[1])
 
     @torch.no_grad()
     def reference_logp(self, rollouts: Rollouts) -> Tensor | None:
@@ -271,56 +269,8 @@ class RLVRModule(LightningModule):
         temperature = self.sampling.temperature
         return torch.cat([response_logp(self.reference, rollouts.rows(r), temperature).logp for r in micro_batches])
 
-    def update(
-        self, rollouts: Rollouts, stats: TokenStats, plan: TokenPlan, ref_logp: Tensor | None
-    ) -> tuple[dict[str, Ratio], Tensor]:
-        """Take the optimizer steps of one rollout batch; return the metrics of its tokens and which were clipped."""
-        optimizer = cast(LightningOptimizer, self.optimizers())
-        schedule = cast(torch.optim.lr_scheduler.LRScheduler | None, self.lr_schedulers())
-        sums: dict[str, Ratio] = {}
-        clipped = torch.zeros_like(stats.mask)
-        for number in range(int(stats.update.max()) + 1):
-            optimizer.zero_grad()
-            rows_of_update = (stats.update == number).nonzero().squeeze(-1)
-            micro_batches = rows_of_update.split(self.micro_batch_size)
-            for i, rows in enumerate(micro_batches):
-                part = rollouts.rows(rows)
-                values = response_logp(
-                    self.policy,
-                    part,
-                    self.sampling.temperature,
-                    self.objective.needs_entropy,
-                    self.reference if self.objective.needs_full_kl else None,
-                )
-                tokens = TokenBatch(
-                    logp=values.logp,
-                    old_logp=stats.logp[rows],
-                    mask=part.mask,
-                    ref_logp=None if ref_logp is None else ref_logp[rows],
-                    entropy=values.entropy,
-                    full_kl=values.full_kl,
-                )
-                loss, metrics, clipped[rows] = self.objective.loss(tokens, plan.rows(rows))
-                with self._sync_gradients(i + 1 == len(micro_batches)):
-                    self.manual_backward(loss * world_size())  # ranks average gradients; the plan's weights sum
-                add_ratios(sums, {**metrics, "loss": Ratio(loss.detach(), loss.new_ones(()))})
-            bound = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), bound)
-            rate = norm.new_tensor(optimizer.param_groups[0]["lr"])
-            add_ratios(sums, {"grad_norm": Ratio(norm, norm.new_ones(())), "lr": Ratio(rate, norm.new_ones(()))})
-            optimizer.step()
-            if schedule is not None:
-                schedule.step()
-        # A step's loss is the sum over its micro-batches and over ranks, not their mean.
-        sums["loss"] = Ratio(sums["loss"].numerator * world_size(), sums["grad_norm"].denominator)
-        return sums, clipped
-
     def _micro_batches(self, rows: int) -> tuple[Tensor, ...]:
         return torch.arange(rows, device=self.device).split(self.micro_batch_size)
-
-    def _sync_gradients(self, last: bool) -> Any:
-        block = getattr(self.trainer.strategy, "block_backward_sync", None)
-        return nullcontext() if last or block is None or world_size() == 1 else block()
 
     def log_training(self, metrics: Mapping[str, float], spent: Mapping[str, float], tokens: int) -> None:
         """Log one step: metrics under train/, seconds by part under seconds/."""
@@ -367,10 +317,6 @@ class RLVRModule(LightningModule):
         metrics.reset()
 
     # --- Lightning -------------------------------------------------------------------------------
-
-    def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:
-        """Leave questions where they are: the engine moves token ids."""
-        return batch
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out the frozen reference, which the policy's source gives again; keep what names the next step."""

@@ -1,0 +1,47 @@
+"""`fit` on two processes trains what it trains on one."""
+
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import torch
+from support import arguments
+
+SAME = [
+    "train/loss",
+    "train/entropy",
+    "train/reward",
+    "train/grad_norm",
+    "train/share/high",
+    "train/kl/low",
+    "train/kl/high",
+]
+
+
+def fit(run, cache, processes):
+    settings = {
+        "data__curriculum__order": "shuffled",
+        "data__val": "null",
+        "model__micro_batch_size": 4,
+        "model__objective__init_args__high_cov_fraction": 0.2,
+        "model__sampling__max_new_tokens": 12,
+        "model__reward": "lightning_rlvr.rewards.FormatMatch",
+        "model__reward__init_args__pattern": ".*[aeiou5].*",
+        "trainer__devices": processes,
+        "trainer__strategy": "ddp" if processes > 1 else "auto",
+    }
+    environment = {**os.environ, "LIGHTNING_RLVR_CACHE": str(cache), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, "-m", "lightning_rlvr", *arguments("fit", run, **settings)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True), pd.read_csv(run / "metrics.csv")
+
+
+def test_parameters_and_metrics_agree(tmp_path, cache):
+    one, two = (fit(tmp_path / str(n), cache, n) for n in (1, 2))
+    assert one[0]["global_step"] == two[0]["global_step"] == 4
+    for name, weight in one[0]["state_dict"].items():
+        torch.testing.assert_close(two[0]["state_dict"][name], weight, rtol=0, atol=1e-5, msg=name)
+    assert one[1]["train/reward"].between(0.05, 0.95).all(), "else nothing was learned from"
+    pd.testing.assert_frame_equal(one[1][SAME], two[1][SAME], rtol=1e-3, atol=1e-6)
