@@ -1,5 +1,8 @@
 """A tiny policy, task and reward, and a cut-down quickstart: what tests of several rooms share."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -35,6 +38,22 @@ def arguments(subcommand: str, run_dir: Path, overlay: Path | None = None, **cha
     settings = {**SMALL, **{key.replace("__", "."): value for key, value in changes.items()}}
     flags = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
     return [subcommand, "--config", str(QUICKSTART), *on_top, "--run_dir", str(run_dir), *flags]
+
+
+def two_processes(script: str, folder: Path) -> None:
+    """Run a script as two processes, each given its rank and the folder; both must end well within a minute."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen([sys.executable, script, str(rank), str(folder)], env=env, stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    try:
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(errors)
 
 
 class TinyPolicy(PolicySource):

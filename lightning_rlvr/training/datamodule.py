@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_rlvr.curriculum import Curriculum, CurriculumSampler, Scoring
 from lightning_rlvr.curriculum import score as scores
+from lightning_rlvr.models.cache import cache_root
 from lightning_rlvr.training.experience import PromptBatch
 from lightning_rlvr.types import Prompt, Task, UserError
 
@@ -87,7 +87,7 @@ class RLVRDataModule(LightningDataModule):
         self.eval_samples, self.eval_prompts_per_batch = eval_samples, eval_prompts_per_batch
         self.curriculum, self.scoring = curriculum, scoring
         self.max_prompt_tokens, self.long_prompts = max_prompt_tokens, long_prompts
-        self.cache_dir = Path(cache_dir or os.environ.get("LIGHTNING_RLVR_CACHE", "~/.cache/lightning_rlvr"))
+        self.cache_dir = cache_root(cache_dir)
         self.seed = seed
         self.questions: dict[Split, list[Prompt]] = {}
         self._order: str | None = None  # fingerprint of the order trained on
@@ -97,6 +97,7 @@ class RLVRDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Find what is wrong with the data before any work is done."""
         self.load(self._stage(), self._module())
+        self._check(self._stage(), self._module())
 
     def setup(self, stage: str) -> None:
         """Have the questions of the stage at hand on this process."""
@@ -106,11 +107,18 @@ class RLVRDataModule(LightningDataModule):
         """Load and check the questions of `fit`, `validate`, `test`, `predict` or `score`.
 
         Raises: UserError that names the key, if a split is missing or empty, a prompt too long, a gold answer
-            unparsable, the score file another model's, or pass@k asks for more samples than there are.
+            unparsable.
         """
         for split in SPLITS_OF[stage]:
             if split not in self.questions and not (stage == "fit" and split == "val" and self.tasks["val"] is None):
                 self.questions[split] = self._load_split(split, module)
+
+    def _check(self, stage: str, module: RLVRModule) -> None:
+        """Find what the settings ask of the questions and cannot have: done once, on one process.
+
+        Raises: UserError that names the key, if pass@k asks for more samples than there are, stages for more questions,
+            or the score file is another model's.
+        """
         if stage in ("fit", "validate", "test") and max(module.pass_at, default=1) > self.eval_samples:
             raise UserError(
                 f"pass@k needs at least k samples a question, got k={max(module.pass_at)} and {self.eval_samples} "
@@ -161,7 +169,7 @@ class RLVRDataModule(LightningDataModule):
         about = self._manifest(module)
         if self.scoring.file is not None:
             return self._in_order(scores.read_scores(Path(self.scoring.file), about))
-        path = scores.cache_path(self.cache_dir.expanduser(), about)
+        path = scores.cache_path(self.cache_dir, about)
         trainer = self._trainer()
         if trainer.world_size > 1 and not path.exists():
             raise UserError(

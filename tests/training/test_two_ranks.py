@@ -6,7 +6,6 @@ that both share.
 
 import importlib.util
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -159,20 +158,10 @@ def worker(rank, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of two processes came to."""
+    from support import two_processes  # not where this file runs as a script
+
     folder = tmp_path_factory.mktemp("two_ranks")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, __file__]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(folder)], env=env, stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    try:
-        errors = [process.communicate(timeout=60)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(errors)
+    two_processes(__file__, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
