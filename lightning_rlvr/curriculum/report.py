@@ -153,7 +153,7 @@ def choose(scores: pd.DataFrame, estimator: str) -> dict[str, list[int]]:
     return {title: rows for title, rows in out.items() if rows}
 
 
-def clusters(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+def clusters(row: pd.Series) -> list[dict[str, Any]]:
     """Return the clusters of one question's samples, the largest first and all unparsable ones as one, last."""
     members: dict[int, list[int]] = {}
     for i, (label, answer) in enumerate(zip(row["cluster"], row["answers"], strict=True)):
@@ -187,9 +187,10 @@ def _distribution(
 ) -> dict[str, Any]:
     """Return counts of questions by entropy and part, and by entropy and pass rate; a nan is in neither."""
     entropy, top = _entropy(scores, estimator), math.log(samples)
-    table = scores[["pass_rate"]].assign(entropy=entropy, wrong=kinds(scores)["confident_and_wrong"], part="")
+    part = np.empty(len(scores), dtype=object)
     for name, rows in parts.items():
-        table.iloc[rows, table.columns.get_loc("part")] = name
+        part[rows] = name
+    table = scores[["pass_rate"]].assign(entropy=entropy, wrong=kinds(scores)["confident_and_wrong"], part=part)
     table = table[np.isfinite(entropy)]
     table["bin"] = (table["entropy"] / top * (BINS - 1)).round().clip(0, BINS - 1).astype(int)
     counts = pd.crosstab(table["bin"], table["part"]).reindex(index=range(BINS), columns=list(parts), fill_value=0)
@@ -225,7 +226,7 @@ def _extent(entropy: np.ndarray) -> dict[str, float | None]:
 
 
 def _example(row: pd.Series, tags: list[str]) -> dict[str, Any]:
-    groups = clusters(row.to_dict())
+    groups = clusters(row)
     return {
         "uid": _text(row["uid"], ANSWER),
         "question": _text(row["question"], QUESTION),

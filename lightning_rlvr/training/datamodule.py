@@ -190,8 +190,12 @@ class RLVRDataModule(LightningDataModule):
         return table.set_index("uid").loc[[prompt.uid for prompt in self.questions["train"]]].reset_index()
 
     def write_score_report(self, module: RLVRModule, table: pd.DataFrame, path: Path) -> None:
-        """Write a page about the scores, with the stages that the curriculum cuts."""
-        stages = self.curriculum.cut(self.questions["train"], table, self.seed)
+        """Write a page about the scores, with the stages that the curriculum cuts, if it can."""
+        try:
+            stages = self.curriculum.cut(self.questions["train"], table, self.seed)
+        except UserError as error:
+            rank_zero_warn(f"the report shows no stages: {error}")
+            stages = []
         write_report(table, self.curriculum, stages, self._manifest(module), path)
 
     def make_scores(self, module: RLVRModule, path: Path, setting: str) -> None:

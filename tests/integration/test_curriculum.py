@@ -108,6 +108,20 @@ def test_a_boundary_restarts_optimizer_and_reference(cli, tmp_path):
     assert rates["restart"][0] == rates["restart"][1] == rates["carry_over"][0] < rates["carry_over"][1]
 
 
+def test_score_reports_also_where_the_filters_leave_nothing(cli, tmp_path):
+    with pytest.warns(UserWarning, match="the report shows no stages: stages must be at most"):
+        cli(
+            "score",
+            tmp_path / "run",
+            output=tmp_path / "a.parquet",
+            data__curriculum__all_wrong="drop",
+            data__curriculum__all_right="drop",
+            data__curriculum__stages=16,
+        )
+    assert "semantic entropy" in (tmp_path / "a.html").read_text()
+    cli("score", tmp_path / "again", output=tmp_path / "a.parquet", report=False)
+
+
 def test_what_filters_drop_is_counted(cli, tmp_path):
     run = cli("fit", tmp_path / "fit", data__curriculum__all_wrong="drop", data__curriculum__stages=1, **MORTAL)
     about = json.loads((run / "curriculum.json").read_text())
