@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,7 +72,7 @@ class Checkpoint(PolicySource):
         try:
             stored = torch.load(self._file(), map_location="cpu", weights_only=True)
             weights: dict[str, Any] = stored["state_dict"]
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, torch.serialization.pickle.UnpicklingError) as error:
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, UnpicklingError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"path must be a checkpoint that `fit` wrote, got {self.path!r}: {reason}. Set its path."
