@@ -65,8 +65,8 @@ def chosen_ks(ks: Sequence[int] | None, samples: int) -> list[int]:
     wrong = [k for k in ks if not 1 <= k <= samples]
     if wrong or not ks:
         raise UserError(
-            f"ks must be numbers in [1, samples], got {list(ks)} with {samples} samples a problem: k of them are drawn, "
-            "and pass@k has no unbiased estimate from fewer. Set ks or samples."
+            f"ks must be numbers in [1, samples], got {list(ks)} with {samples} samples a problem: pass@k draws k of "
+            "them, and has no unbiased estimate from fewer. Set ks or samples."
         )
     return sorted(set(ks))
 

@@ -7,14 +7,12 @@ from pathlib import Path
 from lightning_rlvr.models import Checkpoint, PolicySource, Pretrained
 from lightning_rlvr.types import UserError
 
-KEY = "Set models."
-
 
 def policy_source(model: PolicySource | str) -> PolicySource:
     """Return the source that `model` is or means.
 
-    A text is a checkpoint (.ckpt), a folder in Hugging Face format, the folder of a run (its exported policy, or else its
-    last checkpoint), or, where there is no such file or folder, a name for `Pretrained`.
+    A text is a checkpoint (.ckpt), a folder in Hugging Face format, the folder of a run (its exported policy, or else
+    its last checkpoint), or, where there is no such file or folder, a name for `Pretrained`.
 
     Raises: UserError if a folder is none of these, or a checkpoint is missing.
     """
@@ -23,10 +21,8 @@ def policy_source(model: PolicySource | str) -> PolicySource:
     path = Path(model).expanduser()
     if path.suffix == ".ckpt":
         if not path.is_file():
-            raise UserError(
-                f"a checkpoint must be a file, got {model!r}: {'that is a folder' if path.is_dir() else 'no such file'}. "
-                f"{KEY}"
-            )
+            why = "that is a folder" if path.is_dir() else "no such file"
+            raise UserError(f"a checkpoint must be a file, got {model!r}: {why}. Set models.")
         return Checkpoint(str(path))
     if not path.is_dir():
         return Pretrained(model)
@@ -38,5 +34,5 @@ def policy_source(model: PolicySource | str) -> PolicySource:
         return Checkpoint(str(last))
     raise UserError(
         f"a model's folder must hold config.json (Hugging Face format), policy/ or checkpoints/last.ckpt (a run), got "
-        f"{model!r}: it holds {', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'nothing'}. {KEY}"
+        f"{model!r}: it holds {', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'nothing'}. Set models."
     )
