@@ -50,8 +50,15 @@ class Store:
 
         The lock ends with the process, however that ends.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_name(f".{self.path.name}.lock").open("w") as file:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = self.path.with_name(f".{self.path.name}.lock").open("w")
+        except OSError as error:
+            raise UserError(
+                f"{self.setting} must lead to a folder that can be written, got {self.path}: {error}. "
+                f"Set {self.setting}."
+            ) from error
+        with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -64,16 +71,16 @@ class Store:
     def append(self, records: Sequence[Record]) -> None:
         """Write finished records; when it returns they will outlive the process, and the machine's power."""
         self.parts.mkdir(parents=True, exist_ok=True)
-        while (part := self.parts / f"{self.rank:04d}-{self._count:06d}.parquet").exists():
+        while not self._write(records, self.parts / f"{self.rank:04d}-{self._count:06d}.parquet"):
             self._count += 1
-        self._write(records, part)
 
     def finish(self, order: Sequence[str]) -> None:
         """Put the parts together in `path`, in the order of keys given, and remove them.
 
-        The file depends on the records and their order alone, not on how they came in parts.
+        The file depends on the records and their order alone, not on how they came in parts. A record may be there
+        twice: a rank may go on for a moment after the kill of the first, while the next run has begun.
 
-        Raises: ValueError if a record is missing, unknown or there twice.
+        Raises: ValueError if a record is missing, unknown, or there twice and not the same.
         """
         if not self.path.exists():  # else killed between writing the file and removing its parts
             self._write(self._ordered(order), self.path)
@@ -82,10 +89,12 @@ class Store:
     def _ordered(self, order: Sequence[str]) -> list[Record]:
         records = [record for part in self._files() for record in pq.read_table(part).to_pylist()]
         by_key = {record[self.key]: record for record in records}
-        if len(by_key) != len(records) or by_key.keys() != set(order):
+        twice = sorted({record[self.key] for record in records if record != by_key[record[self.key]]})
+        if twice or by_key.keys() != set(order):
             raise ValueError(
-                f"{self.parts} holds {len(records)} records of {len(by_key)} keys, needed are {len(set(order))}: "
-                f"missing {sorted(set(order) - by_key.keys())[:3]}, unknown {sorted(by_key.keys() - set(order))[:3]}"
+                f"{self.parts} holds {len(by_key)} records, needed are {len(set(order))}: missing "
+                f"{sorted(set(order) - by_key.keys())[:3]}, unknown {sorted(by_key.keys() - set(order))[:3]}, "
+                f"twice and not the same {twice[:3]}"
             )
         return [by_key[key] for key in order]
 
@@ -101,7 +110,8 @@ class Store:
         names: list[str] = pq.read_table(file, columns=[self.key]).column(0).to_pylist()
         return names
 
-    def _write(self, records: Sequence[Record], file: Path) -> None:
+    def _write(self, records: Sequence[Record], file: Path) -> bool:
+        """Write a file whole or not at all. Returns whether it did: what is there already is left alone."""
         table = pa.Table.from_pylist(list(records))
         table = table.replace_schema_metadata({b"manifest": json.dumps(self.manifest, sort_keys=True).encode()})
         partial = file.with_name(f".{file.name}.{os.getpid()}")
@@ -110,8 +120,10 @@ class Store:
                 pq.write_table(table, out)
                 out.flush()
                 os.fsync(out.fileno())
-            partial.replace(file)
+            os.link(partial, file)
             sync_folder(file.parent)
+        except FileExistsError:
+            return False
         except OSError as error:
             raise UserError(
                 f"{self.setting} must be a place with room to write to, got {file}: {error}. What was finished before "
@@ -119,6 +131,7 @@ class Store:
             ) from error
         finally:
             partial.unlink(missing_ok=True)
+        return True
 
 
 def sync_folder(folder: Path) -> None:

@@ -56,14 +56,14 @@ def test_done_is_what_was_appended_by_any_rank(tmp_path):
     ("parts", "said"),
     [
         ([ORDER[:5]], "missing ['q5']"),
-        ([ORDER, ["q2"]], "7 records of 6 keys"),
+        ([ORDER, [{**record("q2"), "score": 0.5}]], "twice and not the same ['q2']"),
         ([ORDER, ["q9"]], "unknown ['q9']"),
     ],
 )
 def test_a_record_missing_twice_or_unknown_is_an_error_and_nothing_is_lost(tmp_path, parts, said):
     store = Store(tmp_path / "a.parquet", MANIFEST)
     for part in parts:
-        store.append([record(uid) for uid in part])
+        store.append([record(uid) if isinstance(uid, str) else uid for uid in part])
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the text is what is tested
         store.finish(ORDER)
     assert said in str(error.value)
@@ -78,6 +78,16 @@ def test_killed_between_the_file_and_the_removal_of_its_parts(tmp_path):
     store.finish(ORDER)
     assert store.path.read_bytes() == whole
     assert not store.parts.exists()
+
+
+def test_a_rank_that_outlived_its_run_does_no_harm(tmp_path):
+    whole = finished(tmp_path / "a.parquet", [ORDER])
+    orphan, fresh = (Store(tmp_path / "b.parquet", MANIFEST, rank=1) for _ in range(2))
+    fresh.append([record("q1")])
+    orphan.append([record("q0"), record("q1")])  # under the same rank, and would have the same name
+    fresh.append([record(uid) for uid in ORDER[2:]])
+    fresh.finish(ORDER)
+    assert (tmp_path / "b.parquet").read_bytes() == whole
 
 
 def test_what_a_killed_writer_left_half_done_is_not_read(tmp_path):
@@ -133,6 +143,13 @@ def test_a_full_disk_keeps_what_was_finished(tmp_path, monkeypatch):
             store.append([record("q1")])
     assert len(list(store.parts.iterdir())) == 1
     assert store.done() == {"q0"}
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    store = Store(tmp_path / "file" / "a.parquet", MANIFEST, setting="data.cache_dir")
+    with pytest.raises(UserError, match=r"Set data\.cache_dir"), store.claim():
+        pass
 
 
 CLAIMER = """
