@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from lightning_rlvr.ops.pass_at_k import UNPARSED
-from lightning_rlvr.ops.semantic_entropy import cluster_answers
+from lightning_rlvr.ops.semantic_entropy import cluster_groups
 from lightning_rlvr.store import Record, Store
 from lightning_rlvr.types import Prompt, Response, Reward, UserError, Verdict
 
@@ -70,15 +70,14 @@ def _judge(reward: Reward, questions: Sequence[Prompt], samples: pd.DataFrame) -
         for row in samples.to_dict("records")
     ]
     repeated = [prompt for prompt, own in zip(questions, responses, strict=True) for _ in own]
-    verdicts = iter(reward([response for own in responses for response in own], repeated))
-    return [
-        _record(prompt, [next(verdicts) for _ in own], reward) for prompt, own in zip(questions, responses, strict=True)
-    ]
+    found = iter(reward([response for own in responses for response in own], repeated))
+    verdicts = [[next(found) for _ in own] for own in responses]
+    labels = cluster_groups([[verdict.answer for verdict in own] for own in verdicts], reward.equivalent)
+    return [_record(*of_one) for of_one in zip(questions, verdicts, labels, strict=True)]
 
 
-def _record(prompt: Prompt, verdicts: Sequence[Verdict], reward: Reward) -> Record:
+def _record(prompt: Prompt, verdicts: Sequence[Verdict], labels: Sequence[int]) -> Record:
     answers = [verdict.answer for verdict in verdicts]
-    labels = cluster_answers(answers, lambda a, b: reward.equivalent([(a, b)])[0])
     return {
         "uid": prompt.uid,
         "gold": prompt.answer,

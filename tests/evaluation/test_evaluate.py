@@ -10,7 +10,9 @@ from support import TinyPolicy
 
 from lightning_rlvr.evaluation import evaluate
 from lightning_rlvr.evaluation import sample as sampling_module
+from lightning_rlvr.evaluation.judge import _judge
 from lightning_rlvr.models import Policy
+from lightning_rlvr.rewards import MathAnswer
 from lightning_rlvr.rollout import TransformersEngine, seed_of
 from lightning_rlvr.store import Store, read_manifest
 from lightning_rlvr.types import Prompt, Sampling, UserError
@@ -195,13 +197,15 @@ def test_verdicts_on_other_responses_are_not_measured(tmp_path, vowels):
 
 
 def test_clusters_are_by_meaning_and_the_unparsable_do_not_vote():
-    from lightning_rlvr.evaluation.judge import _record
-    from lightning_rlvr.rewards import MathAnswer
-    from lightning_rlvr.types import Status, Verdict
-
-    answers = ["1/2", None, "0.5", "3", None]
-    verdicts = [Verdict(0.0, Status.UNPARSABLE if a is None else Status.WRONG, a) for a in answers]
-    assert _record(Prompt("u", "q", "9"), verdicts, MathAnswer(workers=1))["cluster"] == [0, -1, 0, 2, -1]
+    texts = [r"\boxed{1/2}", "no idea, sorry", r"\boxed{0.5}", r"\boxed{3}", ""]
+    samples = pd.DataFrame({"response": [texts], "truncated": [[False] * 5], "tokens": [[3] * 5]})
+    reward = MathAnswer(workers=1)
+    (record,) = _judge(reward, [Prompt("u", "q", "3")], samples)
+    reward.close()
+    assert record["cluster"] == [0, -1, 0, 2, -1]
+    assert record["status"] == ["wrong", "unparsable", "wrong", "correct", "unparsable"]
+    assert record["answer"] == ["1/2", None, "0.5", "3", None]
+    assert (record["gold"], record["score"]) == ("3", [0, 0, 0, 1, 0])
 
 
 @pytest.mark.parametrize(
