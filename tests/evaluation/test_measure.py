@@ -63,6 +63,10 @@ def test_maj_at_k_is_the_mean_over_all_subsets_on_average_over_the_order_of_samp
     assert found.scores[f"maj@{k}"].mean().item() == pytest.approx(exact.mean().item())
 
 
+def test_samples_beyond_the_last_whole_group_do_not_vote():
+    assert measure(*tables([[C, C, W]], [[0, 0, 1]]), [2]).scores["maj@2"].tolist() == [1]
+
+
 def test_the_order_of_problems_does_not_matter_to_means():
     status, cluster = [[C, W], [W, W], [C, C]], [[0, 1], [0, 0], [0, 0]]
     means = [
