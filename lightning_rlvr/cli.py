@@ -1,4 +1,4 @@
-"""The command line: fit, validate, test, predict, score and compare, each from a config."""
+"""The command line: fit, validate, test, predict, score, evaluate and compare, each from a config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_rlvr import compare
+from lightning_rlvr import compare, evaluation
 from lightning_rlvr.training import RLVRDataModule, RLVRModule, Trainer
 from lightning_rlvr.training.callbacks import (
     AdaptiveOrder,
@@ -35,8 +35,9 @@ from lightning_rlvr.types import UserError
 
 PROGRAM = "python -m lightning_rlvr"
 DESCRIPTION = (
-    "Train language models with verifiable rewards and watch their entropy. Beside the subcommands below there is "
-    f"`{PROGRAM} compare`, which replays one rollout batch under many objectives and has a --help of its own."
+    "Train language models with verifiable rewards and watch their entropy. Beside the subcommands below there are "
+    f"`{PROGRAM} evaluate`, which takes models through benchmarks (pass@k, avg@k, maj@k with intervals), and "
+    f"`{PROGRAM} compare`, which replays one rollout batch under many objectives; each has a --help of its own."
 )
 
 
@@ -161,6 +162,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         if words[:1] == ["compare"]:
             compare.main(words[1:])
+        elif words[:1] == ["evaluate"]:
+            evaluation.main(words[1:])
         else:
             RLVRCLI(args)
     except (UserError, MisconfigurationException) as error:

@@ -173,10 +173,10 @@ def _package_folder(package: str) -> Path:
 def _content(folder: Path, gguf_file: str | None) -> dict[str, str]:
     """Hash each file that decides model or tokenizer."""
     paths = [folder / gguf_file] if gguf_file else sorted(p for p in folder.iterdir() if p.is_file())
-    return {path.name: _file_digest(path) for path in paths if path.suffix in DECIDING}
+    return {path.name: file_digest(path) for path in paths if path.suffix in DECIDING}
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """Hash a file's content, once in a process as long as its size and time of change stay."""
     found = path.stat()
     return _hashed(str(path.absolute()), found.st_size, found.st_mtime_ns)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
-from lightning_rlvr.types import UserError
+from lightning_rlvr.types import Response, Rollouts, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +18,19 @@ class Policy(NamedTuple):
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """The tokens that end a response: the model's, or the tokenizer's if it names none."""
+        eos = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
+        return [eos] if isinstance(eos, int) else list(eos)
+
+    def decode(self, rollouts: Rollouts) -> list[Response]:
+        """Return the texts of the responses, without special tokens."""
+        ids = [row[keep].tolist() for row, keep in zip(rollouts.response_ids, rollouts.mask, strict=True)]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        truncated = rollouts.truncated.tolist()
+        return [Response(text, cut, len(row)) for text, cut, row in zip(texts, truncated, ids, strict=True)]
 
 
 class PolicySource(ABC):

@@ -1,7 +1,7 @@
-"""Measures over n samples a problem: pass@k, avg@k, maj@k and bootstrap intervals.
+"""Measures over n samples a problem: pass@k, avg@k and maj@k.
 
 Shapes: B problems, n samples each. Results are float64, one per problem; their mean over problems is the
-benchmark's number.
+benchmark's number; ops/bootstrap.py has its interval.
 """
 
 from __future__ import annotations
@@ -76,40 +76,6 @@ def maj_at_k(cluster: Int[Tensor, "B n"], correct: Bool[Tensor, "B n"]) -> Float
         raise ValueError(f"cluster labels must be >= -1, got {int(cluster.min())}: -1 marks an unparsable sample.")
     rows = [_majority(labels, good) for labels, good in zip(cluster, correct.double(), strict=True)]
     return torch.stack(rows) if rows else correct.new_zeros(0, dtype=torch.float64)
-
-
-def bootstrap_interval(
-    values: Float[Tensor, " B"], level: float = 0.95, samples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of the mean of `values`, resampling problems.
-
-    It holds the resampled means' quantiles (1 - level)/2 and (1 + level)/2, from a generator of its own.
-    It speaks of other problems of the same kind, not of other samples of the same problems; of one problem
-    it is a point.
-
-    Raises: ValueError if there are no values or some are not finite; UserError unless 0 < level < 1 and
-    samples >= 1.
-    Source: Efron (1979), doi 10.1214/aos/1176344552.
-
-    >>> low, high = bootstrap_interval(torch.tensor([0.0, 1.0, 1.0, 1.0]))
-    >>> 0 <= low <= 0.75 <= high <= 1
-    True
-    """
-    for ok, key, value, rule in (
-        (0 < level < 1, "level", level, "in (0, 1), such as 0.95"),
-        (samples >= 1, "samples", samples, "at least 1 resample"),
-    ):
-        if not ok:
-            raise UserError(f"{key} must be {rule}, got {value}: it shapes the bootstrap interval. Set {key}.")
-    if values.numel() == 0 or not bool(values.isfinite().all()):
-        raise ValueError(f"values must be finite and at least one, got {values.tolist()[:8]}.")
-    generator = torch.Generator().manual_seed(seed)
-    pool = values.detach().double().cpu()
-    size = pool.numel()
-    means = torch.stack([pool[torch.randint(size, (size,), generator=generator)].mean() for _ in range(samples)])
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.quantile(means, tails).tolist()
-    return low, high
 
 
 def _majority(labels: Int[Tensor, " n"], correct: Float[Tensor, " n"]) -> Float[Tensor, ""]:

@@ -14,6 +14,8 @@ from lightning_rlvr.tasks.template import Template
 from lightning_rlvr.types import Prompt, Task, UserError
 
 Record = Mapping[str, Any]
+ALTERNATIVES = "alternatives"  # metadata: further right answers
+EXACT_FLOAT = 2**53  # whole numbers below have a float of their own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +24,18 @@ class Records(Task):
 
     Args:
         question_column: column of the question. A path reaches into nested columns: "prompt.0.content".
-        answer_column: column of the gold answer, or a path: "reward_model.ground_truth".
-        answer_pattern: regular expression; group 1 of its last match in the answer column is the gold
-            answer. "#### (.+)$" suits GSM8K. Empty takes the whole column.
+        answer_column: column of the gold answer, or a path: "reward_model.ground_truth". A list holds
+            alternatives, any of which is right: the first is the prompt's answer, the others are in its
+            metadata under "alternatives". A whole number in floating point, 142.0, is written 142.
+        solution_column: column to read the answer from where the answer column is empty.
+        answer_pattern: regular expression; group 1 of its last match in the answer column (in the solution
+            column if there is one) is the gold answer. "#### (.+)$" suits GSM8K. Empty takes the whole column.
         prompt_template: text with {question} (the question column) and any other column, by name.
         rows: [start, stop] keeps the rows start <= row < stop; stop may be null for "to the end".
         uid_column: column that names each row; empty for the source's name and the row.
         unique: drop rows whose prompt text occurred before.
 
-    Each prompt's metadata is its row.
+    Each prompt's metadata is its row, "alternatives" apart.
 
     Texts are `str`, never `str | None`: jsonargparse reads a value of the latter as YAML, where
     "#### (.+)$" is a comment and would arrive as None.
@@ -38,6 +43,7 @@ class Records(Task):
 
     question_column: str = "question"
     answer_column: str = "answer"
+    solution_column: str = ""
     answer_pattern: str = ""
     prompt_template: str = "{question}"
     rows: tuple[int, int | None] | None = None
@@ -45,7 +51,7 @@ class Records(Task):
     unique: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("answer_pattern", "uid_column"):
+        for key in ("answer_pattern", "solution_column", "uid_column"):
             if getattr(self, key) is None:
                 raise UserError(
                     f"{key} must be text, got null: what starts with # is a YAML comment, also on the command "
@@ -108,10 +114,25 @@ class Records(Task):
                     "Change the task's prompt_template or rows."
                 )
         uid = _text(record, self.uid_column, "uid_column", at) if self.uid_column else f"{stem}:{row}"
-        return Prompt(uid=uid, text=template.render(values), answer=self._gold(record, at), metadata=record)
+        gold, *others = self._golds(record, at)
+        # a column of that name is something else: wrong choices, say
+        metadata = {**record, ALTERNATIVES: others} if others or ALTERNATIVES in record else record
+        return Prompt(uid=uid, text=template.render(values), answer=gold, metadata=metadata)
 
-    def _gold(self, record: Record, at: str) -> str:
-        answer = _text(record, self.answer_column, "answer_column", at)
+    def _golds(self, record: Record, at: str) -> list[str]:
+        """Return the gold answer and its alternatives, each once."""
+        value = _lookup(record, self.answer_column, "answer_column", at)
+        if self.solution_column and _is_empty(value):
+            return [self._extract(_text(record, self.solution_column, "solution_column", at), at)]
+        found = [
+            _as_text(item, self.answer_column, "answer_column", at).strip()
+            for item in (value if isinstance(value, list) and value else [value])
+        ]
+        golds = found if self.solution_column else [self._extract(answer, at) for answer in found]
+        return list(dict.fromkeys(golds))
+
+    def _extract(self, answer: str, at: str) -> str:
+        """Return what the pattern finds in the text of an answer or a solution."""
         if not self.answer_pattern:
             return answer.strip()
         golds = [match.group(1) for match in _compile(self.answer_pattern).finditer(answer)]
@@ -151,15 +172,24 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 
 def _text(record: Record, column: str, key: str, at: str) -> str:
-    value = _lookup(record, column, key, at)
-    if isinstance(value, (list, dict)):
+    return _as_text(_lookup(record, column, key, at), column, key, at)
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value != value or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def _as_text(value: Any, column: str, key: str, at: str) -> str:
+    if isinstance(value, (list, dict)) and value != []:
         inner = next(iter(value), "name") if isinstance(value, dict) else 0
         raise UserError(
             f"{key} must lead to a text or a number, got a {type(value).__name__} in {column!r} of {at}. "
             f"Set the task's {key} to a path such as {column + '.' + str(inner)!r}."
         )
-    text = "" if value is None or value != value else str(value)
-    if not text.strip():
+    if isinstance(value, float) and value.is_integer() and abs(value) < EXACT_FLOAT:
+        value = int(value)
+    text = "" if _is_empty(value) else str(value)
+    if not text:
         raise UserError(f"{key} {column!r} must not be empty, but it is in {at}. Set the task's {key} or rows.")
     try:
         text.encode()

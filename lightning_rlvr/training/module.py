@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_rlvr.curriculum import CurriculumSampler
 from lightning_rlvr.metrics import EvaluationMetrics
-from lightning_rlvr.models import PolicySource, PromptFormat
+from lightning_rlvr.models import Policy, PolicySource, PromptFormat
 from lightning_rlvr.models.forward import response_logp
 from lightning_rlvr.ops.advantages import group_advantages
 from lightning_rlvr.rollout import TransformersEngine, seed_of
@@ -178,8 +178,7 @@ class RLVRModule(LightningModule):
     @property
     def engine(self) -> Engine:
         """The engine that samples from the policy as it is now."""
-        eos = self.policy.generation_config.eos_token_id or self.tokenizer.eos_token_id
-        eos_ids = [eos] if isinstance(eos, int) else list(eos)
+        eos_ids = Policy(self.policy, self.tokenizer).eos_ids
         return TransformersEngine(self.policy, eos_ids, self.tokenizer.pad_token_id, self.rollout_rows)
 
     @property
@@ -194,10 +193,7 @@ class RLVRModule(LightningModule):
 
     def decode(self, rollouts: Rollouts) -> list[Response]:
         """Return the texts of the responses, without special tokens."""
-        ids = [row[keep].tolist() for row, keep in zip(rollouts.response_ids, rollouts.mask, strict=True)]
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        truncated = rollouts.truncated.tolist()
-        return [Response(text, cut, len(row)) for text, cut, row in zip(texts, truncated, ids, strict=True)]
+        return Policy(self.policy, self.tokenizer).decode(rollouts)
 
     # --- one training step -----------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_rlvr.ops.pass_at_k import avg_at_k, bootstrap_interval, maj_at_k, pass_at_k
+from lightning_rlvr.ops.pass_at_k import avg_at_k, maj_at_k, pass_at_k
 from lightning_rlvr.types import UserError
 
 
@@ -115,41 +115,3 @@ def test_maj_at_k_refuses_unknown_labels_and_no_samples():
     with pytest.raises(ValueError, match="at least one sample"):
         maj_at_k(torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 0, dtype=torch.bool))
     assert maj_at_k(torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, 3, dtype=torch.bool)).shape == (0,)
-
-
-def test_bootstrap_interval_is_near_the_normal_one_and_widens_with_level():
-    values = torch.rand(400, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    low, high = bootstrap_interval(values, 0.95, samples=2000)
-    half = 1.96 * values.std().item() / 20
-    assert low == pytest.approx(values.mean().item() - half, abs=0.15 * half)
-    assert high == pytest.approx(values.mean().item() + half, abs=0.15 * half)
-    wide_low, wide_high = bootstrap_interval(values, 0.99, samples=2000)
-    assert wide_low < low < high < wide_high
-
-
-def test_bootstrap_interval_has_its_own_generator():
-    values = torch.rand(40, generator=torch.Generator().manual_seed(0))
-    before = torch.get_rng_state()
-    first = bootstrap_interval(values, seed=1)
-    torch.manual_seed(5)
-    assert bootstrap_interval(values, seed=1) == first
-    assert bootstrap_interval(values, seed=2) != first
-    torch.set_rng_state(before)
-    bootstrap_interval(values)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_bootstrap_interval_of_one_problem_is_a_point():
-    assert bootstrap_interval(torch.tensor([0.25])) == (0.25, 0.25)
-
-
-@pytest.mark.parametrize("values", [[], [float("nan"), 1.0], [float("inf")]])
-def test_bootstrap_interval_refuses_what_has_no_mean(values):
-    with pytest.raises(ValueError, match="finite and at least one"):
-        bootstrap_interval(torch.tensor(values))
-
-
-@pytest.mark.parametrize(("key", "value"), [("level", 95.0), ("level", 0.0), ("samples", 0)])
-def test_bootstrap_interval_names_the_key(key, value):
-    with pytest.raises(UserError, match=f"{key} must be"):
-        bootstrap_interval(torch.tensor([0.5]), **{key: value})

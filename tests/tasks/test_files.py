@@ -123,7 +123,10 @@ def good(*rows):
         ("a.jsonl", good({"question": None, "answer": "1"}), "question_column 'question' must not be empty"),
         ("a.jsonl", good({"question": "q", "answer": ""}), "answer_column 'answer' must not be empty"),
         ("a.jsonl", b'{"question": "q", "answer": NaN}', "answer_column 'answer' must not be empty"),
-        ("a.jsonl", good({"question": "q", "answer": ["1"]}), "got a list .* 'answer.0'"),
+        ("a.jsonl", good({"question": ["q"], "answer": "1"}), "got a list .* 'question.0'"),
+        ("a.jsonl", good({"question": "q", "answer": []}), "answer_column 'answer' must not be empty"),
+        ("a.jsonl", good({"question": "q", "answer": ["1", None]}), "answer_column 'answer' must not be empty"),
+        ("a.jsonl", good({"question": "q", "answer": [{"value": "1"}]}), "got a dict .* 'answer.value'"),
         ("a.jsonl", good({"question": "\ud800", "answer": "1"}), "surrogate"),
     ],
 )
