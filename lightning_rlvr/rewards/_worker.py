@@ -77,11 +77,11 @@ def _limit_memory(memory_mb: int) -> None:
 
 
 def _load(file: str, function: str) -> Callable[[Any], Any]:
-    """Import the judge from its file, without the package around it."""
-    spec = importlib.util.spec_from_file_location("judge", file)
+    """Import the judge from its file, without the package around it: `from .number` finds the file beside it."""
+    spec = importlib.util.spec_from_file_location("judge", file, submodule_search_locations=[os.path.dirname(file)])
     if spec is None or spec.loader is None:
         raise ImportError(f"no module at {file}")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["judge"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     judge: Callable[[Any], Any] = getattr(module, function)
     return judge
