@@ -1,4 +1,4 @@
-"""The command line: fit, validate, test, predict, score and compare, each from a config."""
+"""The command line: fit, validate, test, predict, score, compare and data check, each from a config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_rlvr import compare
+from lightning_rlvr import compare, data_check
 from lightning_rlvr.training import RLVRDataModule, RLVRModule, Trainer
 from lightning_rlvr.training.callbacks import (
     EvaluateEnds,
@@ -33,7 +33,8 @@ from lightning_rlvr.types import UserError
 PROGRAM = "python -m lightning_rlvr"
 DESCRIPTION = (
     "Train language models with verifiable rewards and watch their entropy. Beside the subcommands below there is "
-    f"`{PROGRAM} compare`, which replays one rollout batch under many objectives and has a --help of its own."
+    f"`{PROGRAM} compare`, which replays one rollout batch under many objectives, and `{PROGRAM} data check`, which "
+    "checks the questions of a config; each has a --help of its own."
 )
 
 
@@ -127,6 +128,31 @@ class RLVRCLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
 
+class DataCheckCLI(RLVRCLI):
+    """What `fit` would build, but for the trainer and the run's folder; nothing runs."""
+
+    def before_instantiate_classes(self) -> None:
+        """Claim no folder."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Build no trainer."""
+        return
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        return
+
+
+def check_data(words: list[str]) -> int:
+    """`python -m lightning_rlvr data check`: print the report, write it if asked to, return the exit status."""
+    chosen, rest = data_check.options(words)
+    built = DataCheckCLI(["fit", *rest])
+    report = data_check.check(built.datamodule, built.model, chosen["ngram"], chosen["containment"])
+    report.show()
+    if chosen["output"] is not None:
+        report.write(chosen["output"])
+    return report.exit_status
+
+
 def free_folder(wanted: Path) -> Path:
     """Return the folder, or the first of wanted-2, wanted-3, ... that does not exist or is empty.
 
@@ -155,6 +181,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         if words[:1] == ["compare"]:
             compare.main(words[1:])
+        elif words[:2] == ["data", "check"]:
+            sys.exit(check_data(words[2:]))
         else:
             RLVRCLI(args)
     except (UserError, MisconfigurationException) as error:

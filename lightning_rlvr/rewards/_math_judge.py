@@ -10,12 +10,14 @@ import logging
 import re
 from collections.abc import Callable
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
+from antlr4 import PredictionMode
+from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
 from latex2sympy2_extended.logic import And
 from math_verify import parse, verify
-from sympy import Basic, Expr, Integer, MatrixBase, Mul, Rational, Symbol, UnevaluatedExpr
+from sympy import Basic, Expr, Integer, MatrixBase, Mul, Poly, Rational, Symbol, UnevaluatedExpr
 from sympy.core.relational import Relational
 
 from .normal import same_choice, same_plain, split_percent
@@ -32,6 +34,7 @@ _WORDS = re.compile(r"(?:\\(?:text|mathrm|textbf|textit|mbox)\s*\{\s*([^{}]*)\}|
 _EVALUATED = 30  # digits to which values are compared with decimals and with each other
 _LARGE, _SMALL = Integer(10) ** 99, Integer(10) ** -99  # beyond any plain number; exact digits would fill the memory
 _APART = Rational(1, 10**5)  # of the larger value: more than math-verify's rounding to 6 places explains
+_TURNED = {"==": "==", "<": ">", ">": "<", "<=": ">=", ">=": "<="}
 _WARM = (
     *(r"\frac{3}{7}x^2-5x+\sqrt[3]{11}", r"\left(3,-\frac{\pi}{2}\right)", r"[2,7)\cup(9,\infty)", r"\{1,-2,\pm 5\}"),
     *(r"x=\frac{-1+\sqrt{5}}{2}", r"1 \le x < 7", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"2+3i", r"\text{Monday}"),
@@ -64,6 +67,34 @@ def warm() -> None:
 
 
 # --- reading ---------------------------------------------------------------------------------------
+
+
+def _two_stages(create: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a parser first decide without full context, and if that fails begin anew with it.
+
+    Half of the time goes into full context, and the tree is the same: SLL gives it or an error.
+    Source: Parr, Harwell, Fisher (2014), "Adaptive LL(*) parsing", section 3.2.
+    """
+
+    @wraps(create)
+    def create_parser(self: Any, text: str) -> Any:
+        parser = create(self, text)
+        parser._interp.predictionMode = PredictionMode.SLL
+        first = parser.math
+
+        def math() -> Any:
+            try:
+                return first()
+            except Exception:  # noqa: BLE001 - what the parser's error listener raises
+                return create(self, text).math()
+
+        parser.math = math
+        return parser
+
+    return create_parser
+
+
+_Latex2Sympy.create_parser = _two_stages(_Latex2Sympy.create_parser)
 
 
 def _parse(text: str) -> list[Any]:
@@ -153,19 +184,25 @@ def _over_one(parsed: list[Any]) -> bool:
 def _verified(wanted: list[Any], answer: list[Any]) -> bool:
     """Ask math-verify, unless the values differ; two inequalities, or one and an interval, are compared as sets."""
     pairs = [(a, b) for a in _expressions(wanted) for b in _expressions(answer)]
-    if len(pairs) == 1 and _tried(_differ, *pairs[0]):
-        return False
+    if len(pairs) == 1:
+        same = _tried(_same_line, *pairs[0])
+        if same is not None:
+            return same
+        if _tried(_differ, *pairs[0]):
+            return False
+        if _tried(_expands_to_zero, *pairs[0]):
+            return True
     if verify(wanted, answer, timeout_seconds=None, allow_set_relation_comp=True):
         return True
-    return any(_tried(_same_set, a, b) for a, b in pairs)
+    return any(bool(_tried(_same_set, a, b)) for a, b in pairs)
 
 
-def _tried(test: Callable[[Any, Any], bool], a: Any, b: Any) -> bool:
-    """Return what the test says, False where sympy cannot say."""
+def _tried(test: Callable[[Any, Any], bool | None], a: Any, b: Any) -> bool | None:
+    """Return what the test says, None where sympy cannot say."""
     try:
         return test(a, b)
     except Exception:  # noqa: BLE001 - sympy raises whatever its parts do on what they were not made for
-        return False
+        return None
 
 
 def _differ(a: Any, b: Any) -> bool:
@@ -183,6 +220,36 @@ def _differ(a: Any, b: Any) -> bool:
     if not all(value.is_number and value.is_finite and value.is_comparable for value in (first, second)):
         return False
     return bool(abs(first - second) > max(abs(first), abs(second)) * _APART)
+
+
+def _expands_to_zero(a: Any, b: Any) -> bool:
+    """Say whether two formulas are the same once multiplied out; simplification, which takes longer, may say so too."""
+    return _is_formula(a) and _is_formula(b) and (a - b).expand() == 0
+
+
+def _same_line(a: Any, b: Any) -> bool | None:
+    """Say whether two linear equations or inequalities with rational numbers are one; None if one is none.
+
+    math-verify solves them.
+    """
+    if not isinstance(a, Relational) or not isinstance(b, Relational):
+        return None
+    first, second = _line(a), _line(b)
+    return None if first is None or second is None else first == second
+
+
+def _line(relation: Relational) -> tuple[str, dict[Any, Any]] | None:
+    """Return the sign and the coefficients on the left of 0, that of the first variable made 1."""
+    if relation.rel_op not in _TURNED:
+        return None
+    names = sorted(relation.free_symbols, key=str)
+    poly = Poly(relation.lhs - relation.rhs, *names) if names else None
+    if poly is None or poly.total_degree() != 1 or not all(value.is_Rational for value in poly.coeffs()):
+        return None
+    terms = {tuple(zip(map(str, names), powers, strict=True)): value for powers, value in poly.terms()}
+    leading = next(poly.coeff_monomial(name) for name in names if poly.coeff_monomial(name) != 0)
+    sign = relation.rel_op if leading > 0 else _TURNED[relation.rel_op]
+    return sign, {term: value / leading for term, value in terms.items()}
 
 
 def _is_formula(part: Any) -> bool:

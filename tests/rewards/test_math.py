@@ -1,10 +1,12 @@
 import copy
+import importlib
 import subprocess
 import sys
 import time
 from fractions import Fraction
 from pathlib import Path
 
+import math_verify.parser
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from tricky_pairs import TRICKY, TRICKY_BOTH
 
 from lightning_rlvr.rewards import MathAnswer
 from lightning_rlvr.rewards.math import CACHE_ENTRIES, _quick
+from lightning_rlvr.rewards.normal import tidy
 from lightning_rlvr.rewards.number import plain_number, same_number
 from lightning_rlvr.types import Prompt, Response, Status, UserError
 
@@ -53,6 +56,37 @@ def test_tricky_pairs(reward):
     assert failed == []
     assert [verdict.score for verdict in found] == [float(row[2] == "R") for row in ROWS]
     assert len(TRICKY_BOTH) + len(TRICKY) >= 240
+
+
+def test_both_stages_of_the_parser_read_the_same(monkeypatch):
+    judge = importlib.import_module("lightning_rlvr.rewards._math_judge")
+    texts = {tidy(text) for answer, gold, *_ in ROWS for text in (answer, gold)}
+    judge._read.cache_clear()
+    first = {text: [(type(part), repr(part)) for part in judge._read(text)] for text in texts}
+    monkeypatch.setattr(judge._Latex2Sympy, "create_parser", judge._Latex2Sympy.create_parser.__wrapped__)
+    judge._read.cache_clear()
+    math_verify.parser.parse_latex_cached.cache_clear()
+    math_verify.parser.extract_latex.cache_clear()
+    assert first == {text: [(type(part), repr(part)) for part in judge._read(text)] for text in texts}
+
+
+def test_lines_and_inequalities_are_told_apart_without_solving():
+    judge = importlib.import_module("lightning_rlvr.rewards._math_judge")
+    rows = [
+        ("y=2x+1", "2y-4x=2", True),
+        ("y=2x+1", "y=2x+2", False),
+        ("x<3", "3>x", True),
+        ("-x<3", "x>-3", True),
+        ("-x<3", "x<-3", False),
+        (r"2x \le 6", r"x \le 3", True),
+        ("x<3", r"x \le 3", False),
+        ("x^2=1", "x^2=1", None),
+        ("0.5x=1", "x=2", None),
+        ("x=y", "a=b", False),
+    ]
+    for a, b, same in rows:
+        first, second = judge._read(a)[0], judge._read(b)[0]
+        assert judge._tried(judge._same_line, first, second) is same, (a, b)
 
 
 def test_every_gold_of_the_table_can_be_read(reward):
