@@ -16,6 +16,7 @@ from lightning_rlvr.training import RLVRDataModule, RLVRModule
 from lightning_rlvr.types import Prompt, UserError
 
 EXAMPLES = 5  # of questions named in a finding
+OVERLAP = 0.01  # share of held-out questions that may, by chance, be training questions
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _SENTENCE_MARKS = str.maketrans(dict.fromkeys("\"'`\N{LEFT SINGLE QUOTATION MARK}\N{RIGHT SINGLE QUOTATION MARK}", ""))
@@ -93,10 +94,10 @@ def check(data: RLVRDataModule, module: RLVRModule, ngram: int = 13, containment
     """Return what there is in the data of `fit` and `test`, and what is wrong with it.
 
     Errors: a split that cannot be loaded, no training questions, an empty question, golds that the reward cannot
-    judge, questions that are there twice with different golds, held-out questions that are training questions, prompts
-    over max_prompt_tokens (warnings where they are dropped), and fewer questions than stages. Warnings: repeated
-    questions, empty golds, held-out questions that training questions contain (see `contained`), and stages smaller
-    than a rollout batch.
+    judge, questions that are there twice with different golds, held-out questions that are training questions (up to
+    1 % of a split is a warning), prompts over max_prompt_tokens (a warning where they are dropped), and fewer questions
+    than stages. Warnings: repeated questions, empty golds, held-out questions that training questions contain (see
+    `contained`), and stages smaller than a rollout batch.
 
     Args:
         data: the data module of the config.
@@ -220,7 +221,9 @@ def _check_overlap(
         known.setdefault(normalised(prompt.text), prompt.uid)
     equal = {p.uid: known[text] for p in held_out if (text := normalised(p.text)) in known}
     named = [f"{uid} = {other}" for uid, other in equal.items()]
-    report.add("error", split, "training question", named, "training sees what is held out. Set data.train's rows.")
+    level: Literal["error", "warning"] = "error" if len(equal) > OVERLAP * len(held_out) else "warning"
+    message = f"training sees what is held out. Set data.train or data.{split} to other rows."
+    report.add(level, split, "training question", named, message)
     rest = [prompt for prompt in held_out if prompt.uid not in equal]
     near = [
         f"{prompt.uid} ~ {train[place].uid} ({share:.2f})"

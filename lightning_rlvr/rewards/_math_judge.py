@@ -39,6 +39,8 @@ _WARM = (
     *(r"\frac{3}{7}x^2-5x+\sqrt[3]{11}", r"\left(3,-\frac{\pi}{2}\right)", r"[2,7)\cup(9,\infty)", r"\{1,-2,\pm 5\}"),
     *(r"x=\frac{-1+\sqrt{5}}{2}", r"1 \le x < 7", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"2+3i", r"\text{Monday}"),
     *(r"\log_2 8+\sin x", r"5\text{ cm}", r"2^{10}\cdot 3!", r"1.6\times10^{-19}", r"12.5\%", "1, 2"),
+    *(r"(x+3)(x-7)", r"x\in(-\infty,3]", r"-\frac{1}{2}\ln 5+2\pi", r"\frac{2x+5}{3}", r"y=3x-\frac{2}{5}", r"x\ge 3"),
+    *(r"\begin{bmatrix}1&-2\\0&\frac{1}{2}\end{bmatrix}", r"\frac{2\sqrt{3}}{5}", "3, -4, 10", r"90^\circ", r"x>-2"),
 )
 
 

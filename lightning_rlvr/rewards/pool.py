@@ -27,7 +27,7 @@ from typing import Any
 from lightning_rlvr.rewards import _worker
 from lightning_rlvr.types import UserError
 
-SLICE_S = 0.25  # an item that takes longer is put off until all others are done: it must not hold them up
+SLICE_S = 0.1  # an item that takes longer is put off until all others are done: it must not hold them up
 GRACE_S = 1.0  # for a worker's own alarm, which ends what takes too long, before the pool kills the worker
 CHUNK_ITEMS = 16
 CHUNK_BYTES = 32 * 1024  # below the size of a pipe's buffer: handing out a chunk does not block
@@ -132,7 +132,7 @@ class WorkerPool:
     `file` and `function` name the judge: a function of one JSON value that returns one, in a file that is
     loaded by its path (without the package around it). An item that takes more than `timeout_s` seconds of
     wall time is given up and its process killed and replaced; the other items of its chunk go to another. What takes
-    more than a quarter of a second is done again when all else is done, with its whole limit.
+    more than a tenth of a second is done again when all else is done, with its whole limit.
     `memory_mb` bounds a worker's address space in MiB, on Linux. Workers start at the first call, and again
     after `close`. Calls from several threads take turns. Raises UserError if a worker cannot start.
     """

@@ -62,6 +62,12 @@ def test_a_held_out_training_question_is_an_error(check):
     assert report["findings"][0]["examples"] == ["val:4 = train:2"]
 
 
+def test_a_chance_repetition_of_a_synthetic_question_is_a_warning(check):
+    many = [{**GOOD[0], "question": f"What is {i} plus one?"} for i in range(100)]
+    status, report, _ = check(GOOD[:8], [*many, GOOD[0]], "--containment", "1")
+    assert (status, found(report)) == (0, {("warning", "val", "training question"): 1})
+
+
 def test_a_held_out_question_within_a_training_question_is_a_warning(check):
     longer = {**GOOD[0], "question": "Listen well. " + GOOD[9]["question"] + " Say it at once."}
     status, report, _ = check([*GOOD[:8], longer], GOOD[8:])
