@@ -127,8 +127,9 @@ def check(data: RLVRDataModule, module: RLVRModule, ngram: int = 13, containment
         report.findings.append(Finding("error", "train", "missing", 0, "there is nothing to train on. Set data.train."))
     if "train" in kept:
         _check_size(report, len(kept["train"]), data)
-        for split in kept.keys() - {"train"}:
-            _check_overlap(report, split, kept["train"], kept[split], ngram, containment)
+        for held_out in ("val", "test"):
+            if held_out in kept:
+                _check_overlap(report, held_out, kept["train"], kept[held_out], ngram, containment)
     module.reward.close()
     return report
 
@@ -258,7 +259,7 @@ def contained(held_out: Sequence[Prompt], train: Sequence[Prompt], ngram: int) -
     questions = [tokens(prompt.text) for prompt in held_out]
     source = [tokens(prompt.text) for prompt in train]
     found = [(0.0, 0)] * len(questions)
-    by_width = defaultdict(list)
+    by_width: dict[int, list[int]] = defaultdict(list)
     for place, question in enumerate(questions):
         by_width[min(ngram, len(question))].append(place)
     for width, places in by_width.items():
@@ -270,11 +271,11 @@ def contained(held_out: Sequence[Prompt], train: Sequence[Prompt], ngram: int) -
         for number, text in enumerate(source):
             for run in _runs(text, width) & wanted:
                 holders[run].append(number)
-        for place, question in zip(places, runs, strict=True):
-            counts = Counter(number for run in question for number in holders.get(run, ()))
+        for place, asked in zip(places, runs, strict=True):
+            counts = Counter(number for run in asked for number in holders[run])
             if counts:
                 number, count = min(counts.items(), key=lambda item: (-item[1], item[0]))
-                found[place] = (count / len(question), number)
+                found[place] = (count / len(asked), number)
     return found
 
 
