@@ -105,14 +105,16 @@ def _load(file: str, function: str) -> Judge:
     return judge
 
 
-def _reply(judge: Judge, item: Any, limit_s: float) -> dict[str, Any]:
-    """Judge one item. The alarm keeps its default action: the kernel ends us, whoever holds the GIL."""
+def _reply(judge: Judge, item: Any, limit_s: float, slice_s: float) -> dict[str, Any]:
+    """Judge one item. The alarms keep their default action: the kernel ends us, whoever holds the GIL."""
     signal.setitimer(signal.ITIMER_REAL, limit_s)
+    signal.setitimer(signal.ITIMER_PROF, slice_s)
     try:
         return {"value": judge(item)}
     except Exception as error:  # noqa: BLE001 - reported for this item; the others must go on
         return {"error": f"{type(error).__name__}: {str(error)[:200]}", "last": isinstance(error, MemoryError)}
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
@@ -122,7 +124,7 @@ def _serve(judge: Judge, source: int, sink: int) -> NoReturn:
     while True:
         chunk = _receive(source, sink)
         for item in chunk["items"]:
-            reply = _reply(judge, item, chunk["limit_s"])
+            reply = _reply(judge, item, chunk["limit_s"], chunk["slice_s"])
             served += 1
             reply["last"] = reply.get("last", False) or served >= LIFE_ITEMS
             _send(sink, reply)
@@ -161,7 +163,8 @@ def _end_like(code: int) -> NoReturn:
 def main() -> None:
     """Serve until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for alarm in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(alarm, signal.SIG_DFL)
     source, sink = _private_channel()
     setup = _receive(source, sink)
     try:
@@ -178,6 +181,8 @@ def main() -> None:
         code = os.waitstatus_to_exitcode(status)
         if code == -signal.SIGALRM:
             _send(sink, {"timed_out": True, "last": True})
+        elif code == -signal.SIGPROF:
+            _send(sink, {"put_off": True, "last": True})
         elif code != RETIRED:
             _end_like(code)
 

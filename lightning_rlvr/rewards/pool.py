@@ -27,7 +27,7 @@ from typing import Any
 from lightning_rlvr.rewards import _worker
 from lightning_rlvr.types import UserError
 
-SLICE_S = 0.1  # an item that takes longer is put off until all others are done: it must not hold them up
+SLICE_S = 0.1  # of CPU time: an item that takes longer is put off until all others are done: it must not hold them up
 GRACE_S = 1.0  # for a worker's own alarm, which ends what takes too long, before the pool kills the worker
 CHUNK_ITEMS = 16
 CHUNK_BYTES = 32 * 1024  # below the size of a pipe's buffer: handing out a chunk does not block
@@ -68,10 +68,10 @@ class _Worker:
         self._buffer = bytearray()
         self._send(_worker.pack(setup))
 
-    def hand(self, indices: Sequence[int], items: Sequence[str], limit_s: float) -> None:
+    def hand(self, indices: Sequence[int], items: Sequence[str], limit_s: float, slice_s: float) -> None:
         """Send a chunk of items (JSON texts). That a worker died before is noticed when its output ends."""
         self.pending.extend(indices)
-        data = f'{{"limit_s": {limit_s}, "items": [{",".join(items)}]}}'.encode("ascii")
+        data = f'{{"limit_s": {limit_s}, "slice_s": {slice_s}, "items": [{",".join(items)}]}}'.encode("ascii")
         self.limit_s = limit_s
         if self.ready:
             self.wait()
@@ -132,7 +132,7 @@ class WorkerPool:
     `file` and `function` name the judge: a function of one JSON value that returns one, in a file that is
     loaded by its path (without the package around it). An item that takes more than `timeout_s` seconds of
     wall time is given up and its process killed and replaced; the other items of its chunk go to another. What takes
-    more than a tenth of a second is done again when all else is done, with its whole limit.
+    more than a tenth of a second of CPU time is done again when all else is done, with its whole limit.
     `memory_mb` bounds a worker's address space in MiB, on Linux. Workers start at the first call, and again
     after `close`. Calls from several threads take turns. Raises UserError if a worker cannot start.
     """
@@ -222,8 +222,8 @@ class _Job:
                 self.workers.append(idle)
             first = bool(self.queue)
             indices = self._chunk() if first else [self.put_off.popleft()]
-            limit_s = min(SLICE_S, self.timeout_s) if first else self.timeout_s
-            idle.hand(indices, [self.items[index] for index in indices], limit_s)
+            slice_s = SLICE_S if first else 0.0
+            idle.hand(indices, [self.items[index] for index in indices], self.timeout_s, slice_s)
 
     def _chunk(self) -> list[int]:
         indices, size = [self.queue.popleft()], 0
@@ -249,17 +249,15 @@ class _Job:
             if "ready" in message or "taken" in message:
                 worker.taken = worker.ready and "taken" in message
                 continue
-            self._note(worker.pending.popleft(), message, worker.limit_s)
+            self._note(worker.pending.popleft(), message)
             if message.get("last"):  # another process will take over
                 self._take_back(worker)
 
-    def _note(self, index: int, message: dict[str, Any], limit_s: float) -> None:
-        if "timed_out" not in message:
-            self.found[index] = Outcome(message.get("value"), error=message.get("error"))
-        elif limit_s < self.timeout_s:
+    def _note(self, index: int, message: dict[str, Any]) -> None:
+        if "put_off" in message:
             self.put_off.append(index)
         else:
-            self.found[index] = Outcome(timed_out=True)
+            self.found[index] = Outcome(message.get("value"), "timed_out" in message, message.get("error"))
 
     def _give_up(self, worker: _Worker, outcome: Outcome) -> None:
         if not worker.ready:
