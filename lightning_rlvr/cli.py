@@ -1,4 +1,4 @@
-"""The command line: fit, validate, test, predict, score, evaluate and compare, each from a config."""
+"""The command line: fit, validate, test, predict, score, evaluate, compare and data check, each from a config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_rlvr import compare, evaluation
+from lightning_rlvr import compare, data_check, evaluation
 from lightning_rlvr.training import RLVRDataModule, RLVRModule, Trainer
 from lightning_rlvr.training.callbacks import (
     AdaptiveOrder,
@@ -36,8 +36,9 @@ from lightning_rlvr.types import UserError
 PROGRAM = "python -m lightning_rlvr"
 DESCRIPTION = (
     "Train language models with verifiable rewards and watch their entropy. Beside the subcommands below there are "
-    f"`{PROGRAM} evaluate`, which takes models through benchmarks (pass@k, avg@k, maj@k with intervals), and "
-    f"`{PROGRAM} compare`, which replays one rollout batch under many objectives; each has a --help of its own."
+    f"`{PROGRAM} evaluate`, which takes models through benchmarks (pass@k, avg@k, maj@k with intervals), "
+    f"`{PROGRAM} compare`, which replays one rollout batch under many objectives, and `{PROGRAM} data check`, which "
+    "checks the questions of a config; each has a --help of its own."
 )
 
 
@@ -134,6 +135,31 @@ class RLVRCLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
 
+class DataCheckCLI(RLVRCLI):
+    """What `fit` would build, but for the trainer and the run's folder; nothing runs."""
+
+    def before_instantiate_classes(self) -> None:
+        """Claim no folder."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Build no trainer."""
+        return
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        return
+
+
+def check_data(words: list[str]) -> int:
+    """`python -m lightning_rlvr data check`: print the report, write it if asked to, return the exit status."""
+    chosen, rest = data_check.options(words)
+    built = DataCheckCLI(["fit", *rest])
+    report = data_check.check(built.datamodule, built.model, chosen["ngram"], chosen["containment"])
+    report.show()
+    if chosen["output"] is not None:
+        report.write(chosen["output"])
+    return report.exit_status
+
+
 def free_folder(wanted: Path) -> Path:
     """Return the folder, or the first of wanted-2, wanted-3, ... that does not exist or is empty.
 
@@ -155,6 +181,7 @@ def main(args: list[str] | None = None) -> None:
         r"Found \d+ module\(s\) in eval mode",  # on purpose: dropout would make the policy's ratio random
         r"The '\w+' does not have many workers",  # questions are already in memory
         r"Using ModelCheckpoint with manual optimization",  # saved after the update, as meant
+        r"LightningCLI's args parameter",  # `data check` takes its own options off first
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     ):
         warnings.filterwarnings("ignore", message=harmless)
@@ -164,6 +191,8 @@ def main(args: list[str] | None = None) -> None:
             compare.main(words[1:])
         elif words[:1] == ["evaluate"]:
             evaluation.main(words[1:])
+        elif words[:2] == ["data", "check"]:
+            sys.exit(check_data(words[2:]))
         else:
             RLVRCLI(args)
     except (UserError, MisconfigurationException) as error:

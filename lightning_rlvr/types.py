@@ -94,6 +94,10 @@ class Reward(ABC):
     def check(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027 - most verifiers accept any prompt
         """Raise UserError if a prompt cannot be judged (an unparsable gold answer, say)."""
 
+    def unjudgeable(self, prompts: Sequence[Prompt]) -> list[int]:
+        """Return the places of the prompts that `check` would refuse, to be dropped and counted."""
+        return []
+
     @abstractmethod
     def __call__(self, responses: Sequence[Response], prompts: Sequence[Prompt]) -> list[Verdict]:
         """Judge responses[i] as an answer to prompts[i]."""

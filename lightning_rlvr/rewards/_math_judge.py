@@ -1,50 +1,109 @@
 """math-verify's judgements, as the worker processes make them (see math.py for the rules).
 
-Loaded by path in a worker: it must not import lightning_rlvr. math-verify's own time limits are off: the
-parent kills a worker that takes too long.
+Loaded by path in a worker, as a package of its own: what it imports from here must not import lightning_rlvr.
+math-verify's own time limits are off: a worker that takes too long is killed.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from functools import lru_cache
+from collections.abc import Callable
+from fractions import Fraction
+from functools import lru_cache, wraps
 from typing import Any
 
+from antlr4 import PredictionMode
+from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
+from latex2sympy2_extended.logic import And
 from math_verify import parse, verify
-from sympy import Basic, Expr, Integer, MatrixBase, Mul, Rational, UnevaluatedExpr
+from sympy import Basic, Expr, Integer, MatrixBase, Mul, Poly, Rational, Symbol, UnevaluatedExpr
+from sympy.core.relational import Relational
+
+from .normal import same_choice, same_plain, split_percent
+from .number import Number, plain_number, same_number
 
 logging.disable(logging.CRITICAL)
 
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 _DOLLAR = re.compile(r"(?<!\\)\$")
 _BASED = re.compile(r"\$?\s*-?[0-9A-Za-z.]+\s*_\s*(?:\{\s*(?:\\(?:text|mathrm)\s*\{\s*)?(\d+)[\s}]*\}|(\d+))\s*\$?")
-_CLOSE = 1.000001e-6  # of the larger number; more than 1e-6 by what 0.333333 loses as a float
 _PLAIN = {"no", "on"}  # no products of variables, though they are two small letters
 _INFINITE = {"inf", "infinity"}  # words that math-verify reads
 _WORDS = re.compile(r"(?:\\(?:text|mathrm|textbf|textit|mbox)\s*\{\s*([^{}]*)\}|([^{}\\]*))")
+_EVALUATED = 30  # digits to which values are compared with decimals and with each other
+_LARGE, _SMALL = Integer(10) ** 99, Integer(10) ** -99  # beyond any plain number; exact digits would fill the memory
+_APART = Rational(1, 10**5)  # of the larger value: more than math-verify's rounding to 6 places explains
+_TURNED = {"==": "==", "<": ">", ">": "<", "<=": ">=", ">=": "<="}
+_WARM = (
+    *(r"\frac{3}{7}x^2-5x+\sqrt[3]{11}", r"\left(3,-\frac{\pi}{2}\right)", r"[2,7)\cup(9,\infty)", r"\{1,-2,\pm 5\}"),
+    *(r"x=\frac{-1+\sqrt{5}}{2}", r"1 \le x < 7", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"2+3i", r"\text{Monday}"),
+    *(r"\log_2 8+\sin x", r"5\text{ cm}", r"2^{10}\cdot 3!", r"1.6\times10^{-19}", r"12.5\%", "1, 2"),
+    *(r"(x+3)(x-7)", r"x\in(-\infty,3]", r"-\frac{1}{2}\ln 5+2\pi", r"\frac{2x+5}{3}", r"y=3x-\frac{2}{5}", r"x\ge 3"),
+    *(r"\begin{bmatrix}1&-2\\0&\frac{1}{2}\end{bmatrix}", r"\frac{2\sqrt{3}}{5}", "3, -4, 10", r"90^\circ", r"x>-2"),
+)
 
 
 def judge(item: dict[str, Any]) -> Any:
     """Do what the item asks: parse a gold answer, judge an answer, or compare two."""
+    if item["do"] == "gold" and same_choice(item["gold"], item["gold"]):
+        return True
     if item["do"] == "gold":
         gold = _expressions(_read(item["gold"]))
-        _matches(gold, [Integer(0)])  # takes too long for 7^{60000000}: no response could be judged
-        return _matches(gold, gold)
+        _verified(gold, [Integer(0)])  # takes too long for 7^{60000000}: no response could be judged
+        return _verified(gold, gold)
     if item["do"] == "same":
         return _same(item["a"], item["b"])
     answer = _read(item["answer"]) if item["whole"] else _parse(item["answer"])
-    correct = _answers(item["gold"], item["answer"] if item["whole"] else _kept(answer) or "", answer)
+    text = item["answer"] if item["whole"] else _kept(answer) or ""
+    correct = _answers(item["gold"], text, answer)
     if not correct and not _expressions(answer):
-        return {"status": "unparsable", "normal": None}
-    return {"status": "correct" if correct else "wrong", "normal": _normal(answer, item)}
+        return {"status": "unparsable", "normal": None, "text": text}
+    return {"status": "correct" if correct else "wrong", "normal": _normal(answer, text), "text": text}
+
+
+def warm() -> None:
+    """Read and compare what is typical: the parser is ten times slower on what it meets for the first time."""
+    for text in _WARM:
+        _verified(_parse(f"${text}$"), _parse(f"${text}+1$"))
+
+
+# --- reading ---------------------------------------------------------------------------------------
+
+
+def _two_stages(create: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a parser first decide without full context, and if that fails begin anew with it.
+
+    Half of the time goes into full context, and the tree is the same: SLL gives it or an error.
+    Source: Parr, Harwell, Fisher (2014), "Adaptive LL(*) parsing", section 3.2.
+    """
+
+    @wraps(create)
+    def create_parser(self: Any, text: str) -> Any:
+        parser = create(self, text)
+        parser._interp.predictionMode = PredictionMode.SLL
+        first = parser.math
+
+        def math() -> Any:
+            try:
+                return first()
+            except Exception:  # noqa: BLE001 - what the parser's error listener raises
+                return create(self, text).math()
+
+        parser.math = math
+        return parser
+
+    return create_parser
+
+
+_Latex2Sympy.create_parser = _two_stages(_Latex2Sympy.create_parser)
 
 
 def _parse(text: str) -> list[Any]:
     return parse(text, parsing_timeout=None)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=2048)
 def _read(text: str) -> list[Any]:
     """Parse a text that is an answer as a whole: LaTeX unless it holds dollar signs of its own."""
     text = text.strip()
@@ -58,56 +117,167 @@ def _expressions(parsed: list[Any]) -> list[Any]:
     return [part for part in parsed if isinstance(part, Basic | MatrixBase)]
 
 
-def _percent(part: Any) -> Any:
-    """Return the number in front of a percent sign, None if `part` is no percentage."""
-    percent = isinstance(part, Mul) and len(part.args) == 2 and part.args[1] == UnevaluatedExpr(Rational(1, 100))
-    return part.args[0] if percent else None
+def _kept(parsed: list[Any]) -> str | None:
+    """Return the text of the answer as math-verify kept it."""
+    return next((part for part in parsed if isinstance(part, str) and part.strip()), None)
 
 
-def _is_percent(parsed: list[Any]) -> bool:
-    return any(_percent(part) is not None for part in parsed)
-
-
-def _matches(gold: list[Any], answer: list[Any]) -> bool:
-    """Verify; a percentage asked for is a unit: 300 answers a gold of 300 %, 3 does not."""
-    if _is_percent(gold) and not _is_percent(answer):
-        gold = [_percent(part) for part in gold if _percent(part) is not None]
-    return bool(verify(gold, answer, timeout_seconds=None)) and _close(_expressions(gold), _expressions(answer))
-
-
-def _close(gold: list[Any], answer: list[Any]) -> bool:
-    """Say whether two real numbers differ by a millionth at most: verify rounds them to 6 places, be they 1e-19."""
-    values = [[_real(part) for part in side] for side in (gold, answer)]
-    if not all(values) or any(value is None for side in values for value in side):
-        return True
-    return any(bool(abs(a - b) <= _CLOSE * max(abs(a), abs(b))) for a in values[0] for b in values[1])
-
-
-def _real(part: Any) -> Any:
-    """Return the value as a Float, None if it is no real number."""
-    part = part if _percent(part) is None else _percent(part) / 100
-    value = part.evalf() if isinstance(part, Expr) and part.is_number else None
-    return value if value is not None and (value.is_Float or value.is_Integer) else None
+# --- comparing -------------------------------------------------------------------------------------
 
 
 def _same(a: str, b: str) -> bool:
-    first, second = _read(a), _read(b)
-    if _is_percent(first) and not _is_percent(second):
-        return _answers(a, b, second)
-    return _answers(b, a, first) or (not _is_percent(second) and _answers(a, b, second))
+    """Say whether one answers the other as gold; a percentage is the gold, where one is one and the other is not."""
+    percents = split_percent(a)[1], split_percent(b)[1]
+    if percents == (True, False):
+        return _answers(a, b, _read(b))
+    if same_choice(a, b) or _answers(b, a, _read(a)):
+        return True
+    return percents[0] == percents[1] and not _symmetric(a, b) and _answers(a, b, _read(b))
+
+
+def _symmetric(a: str, b: str) -> bool:
+    """Say whether verify treats both alike: it does for plain expressions, not for relations, sets and tuples."""
+    return all(isinstance(part, Expr) for text in (a, b) for part in _expressions(_read(text)))
 
 
 def _answers(gold: str, text: str, answer: list[Any]) -> bool:
     """Say whether an answer, a text and what it was parsed into, answers the gold."""
-    same = _same_words(gold, text)
-    if same is not None:
-        return same
-    bases = {base for base in (_base(gold), _base(text)) if base}
-    return len(bases) < 2 and _matches(_read(gold), answer)
+    for rule in (same_plain, same_choice, _same_words, _other_base):
+        same = rule(gold, text)
+        if same is not None:
+            return same
+    (gold, gold_percent), (text, percent) = split_percent(gold), split_percent(text)
+    if not percent:
+        return _matches(gold, _read(gold), text, answer)
+    number = _read(text)
+    if gold_percent or (_matches(gold, _read(gold), text, number) and _over_one(_read(gold))):
+        return _matches(gold, _read(gold), text, number)
+    return _verified(_read(gold), [part / 100 for part in _expressions(number) if isinstance(part, Expr)])
+
+
+def _matches(gold: str, wanted: list[Any], text: str, answer: list[Any]) -> bool:
+    """Verify; a decimal and a real number are compared by what the decimal's digits say (see number.py)."""
+    first, second = plain_number(gold), plain_number(text)
+    if any(number is not None and number.places is not None for number in (first, second)):
+        same = same_number(first or _value(wanted), second or _value(answer))
+        if same is not None:
+            return same
+    return _verified(wanted, answer)
+
+
+def _value(parsed: list[Any]) -> Number | None:
+    """Return the value to 30 digits, None if it is no real number."""
+    parts = _expressions(parsed)
+    if len(parts) != 1 or not isinstance(parts[0], Expr) or not parts[0].is_number:
+        return None
+    value = parts[0].evalf(_EVALUATED)
+    if not (value.is_Float or value.is_Integer or value.is_Rational):
+        return None
+    size = abs(value)
+    exact = Rational(str(value if not size or _SMALL < size < _LARGE else _LARGE if size > 1 else _SMALL))
+    return Number(Fraction(exact.p, exact.q))
+
+
+def _over_one(parsed: list[Any]) -> bool:
+    value = _value(parsed)
+    return value is not None and abs(value.value) > 1
+
+
+def _verified(wanted: list[Any], answer: list[Any]) -> bool:
+    """Ask math-verify, unless the values differ; two inequalities, or one and an interval, are compared as sets."""
+    pairs = [(a, b) for a in _expressions(wanted) for b in _expressions(answer)]
+    if len(pairs) == 1:
+        same = _tried(_same_line, *pairs[0])
+        if same is not None:
+            return same
+        if _tried(_differ, *pairs[0]):
+            return False
+        if _tried(_expands_to_zero, *pairs[0]):
+            return True
+    if verify(wanted, answer, timeout_seconds=None, allow_set_relation_comp=True):
+        return True
+    return any(bool(_tried(_same_set, a, b)) for a, b in pairs)
+
+
+def _tried(test: Callable[[Any, Any], bool | None], a: Any, b: Any) -> bool | None:
+    """Return what the test says, None where sympy cannot say."""
+    try:
+        return test(a, b)
+    except Exception:  # noqa: BLE001 - sympy raises whatever its parts do on what they were not made for
+        return None
+
+
+def _differ(a: Any, b: Any) -> bool:
+    """Say whether two formulas have other values where their variables are numbers of our choice.
+
+    math-verify simplifies the difference instead, which takes long and ends the same way.
+    """
+    if not _is_formula(a) or not _is_formula(b):
+        return False
+    names = sorted({symbol.name for part in (a, b) for symbol in part.free_symbols})
+    points = {name: Rational(2 * i + 13, 11) for i, name in enumerate(names)}
+    first, second = (
+        part.subs({symbol: points[symbol.name] for symbol in part.free_symbols}).evalf(_EVALUATED) for part in (a, b)
+    )
+    if not all(value.is_number and value.is_finite and value.is_comparable for value in (first, second)):
+        return False
+    return bool(abs(first - second) > max(abs(first), abs(second)) * _APART)
+
+
+def _expands_to_zero(a: Any, b: Any) -> bool:
+    """Say whether two formulas are the same once multiplied out; simplification, which takes longer, may say so too."""
+    return _is_formula(a) and _is_formula(b) and (a - b).expand() == 0
+
+
+def _same_line(a: Any, b: Any) -> bool | None:
+    """Say whether two linear equations or inequalities with rational numbers are one; None if one is none.
+
+    math-verify solves them.
+    """
+    if not isinstance(a, Relational) or not isinstance(b, Relational):
+        return None
+    first, second = _line(a), _line(b)
+    return None if first is None or second is None else first == second
+
+
+def _line(relation: Relational) -> tuple[str, dict[Any, Any]] | None:
+    """Return the sign and the coefficients on the left of 0, that of the first variable made 1."""
+    if relation.rel_op not in _TURNED:
+        return None
+    names = sorted(relation.free_symbols, key=str)
+    poly = Poly(relation.lhs - relation.rhs, *names) if names else None
+    if poly is None or poly.total_degree() != 1 or not all(value.is_Rational for value in poly.coeffs()):
+        return None
+    terms = {tuple(zip(map(str, names), powers, strict=True)): value for powers, value in poly.terms()}
+    leading = next(poly.coeff_monomial(name) for name in names if poly.coeff_monomial(name) != 0)
+    sign = relation.rel_op if leading > 0 else _TURNED[relation.rel_op]
+    return sign, {term: value / leading for term, value in terms.items()}
+
+
+def _is_formula(part: Any) -> bool:
+    return isinstance(part, Expr) and not isinstance(part, MatrixBase | Symbol) and part.is_commutative is not False
+
+
+def _same_set(a: Any, b: Any) -> bool:
+    """Say whether two chains of inequalities in one variable have the same solutions."""
+    relations = (And, Relational)
+    if not (isinstance(a, relations) and isinstance(b, relations)) or len(a.free_symbols | b.free_symbols) != 1:
+        return False
+    if not all(isinstance(part, And) or part.rel_op in ("<", "<=", ">", ">=") for part in (a, b)):
+        return False
+    return bool(a.as_set() == b.as_set())
+
+
+# --- words and bases -------------------------------------------------------------------------------
+
+
+def _other_base(a: str, b: str) -> bool | None:
+    """Return False if two numerals such as 4210_5 and 4210_6 name different bases, which math-verify leaves out."""
+    bases = {base for base in (_base(a), _base(b)) if base}
+    return False if len(bases) > 1 else None
 
 
 def _base(text: str) -> str | None:
-    """Return the base of a numeral such as 4210_5, which math-verify leaves out."""
     match = _BASED.fullmatch(text.strip())
     return (match.group(1) or match.group(2)) if match else None
 
@@ -136,12 +306,10 @@ def _words(text: str) -> str | None:
     return words if len(letters) > 1 and letters.isalpha() and not spaced else None
 
 
-def _kept(parsed: list[Any]) -> str | None:
-    """Return the text of the answer as math-verify kept it."""
-    return next((part for part in parsed if isinstance(part, str) and part.strip()), None)
+# --- the normal form -------------------------------------------------------------------------------
 
 
-def _normal(parsed: list[Any], item: dict[str, Any]) -> str:
+def _normal(parsed: list[Any], text: str) -> str:
     """Return a text that reads back as the same answer: p/q for rationals, else the LaTeX math-verify kept."""
     value = next(iter(_expressions(parsed)), None)
     kept = _kept(parsed)
@@ -149,7 +317,7 @@ def _normal(parsed: list[Any], item: dict[str, Any]) -> str:
         return kept
     if isinstance(value, Rational) and value.q != 0:
         return f"{value.p}/{value.q}" if value.q != 1 else f"{value.p}"
-    text = kept if kept is not None else str(item["answer"])
-    if value is not None and _percent(value) is not None and "%" not in text:
-        text += r"\%"
-    return text.replace(" and ", ", ")
+    normal = text if kept is None else kept
+    if isinstance(value, Mul) and value.args[-1] == UnevaluatedExpr(Rational(1, 100)) and "%" not in normal:
+        normal += r"\%"
+    return normal.replace(" and ", ", ")

@@ -73,13 +73,24 @@ class ExactMatch(Reward):
                     "response could be right. Put the answer column of the data set right, or set the task's "
                     "answer key in data.train.init_args."
                 )
-            inner = extract.marked_answer(prompt.answer) if self.find.pattern is None else None
-            if inner is not None and self._normal(inner) != self._normal(prompt.answer):
+            inner = self._inner(prompt)
+            if inner is not None:
                 raise UserError(
                     f"every gold answer must be the answer alone, got {prompt.answer[:200]!r} for question "
                     f"{prompt.uid!r}: of a response that ends so only {inner[:200]!r} is compared. Set the task's "
                     "answer_pattern in data.train.init_args (or data.val)."
                 )
+
+    def unjudgeable(self, prompts: Sequence[Prompt]) -> list[int]:
+        """Return the places of the prompts whose gold answer no response could equal."""
+        return [
+            i for i, prompt in enumerate(prompts) if not self._normal(prompt.answer) or self._inner(prompt) is not None
+        ]
+
+    def _inner(self, prompt: Prompt) -> str | None:
+        """Return the answer that a gold marks within itself, None if it is the answer alone."""
+        inner = extract.marked_answer(prompt.answer) if self.find.pattern is None else None
+        return None if inner is None or self._normal(inner) == self._normal(prompt.answer) else inner
 
     def __call__(self, responses: Sequence[Response], prompts: Sequence[Prompt]) -> list[Verdict]:
         """Judge responses[i] as an answer to prompts[i]; UNPARSABLE where no final answer is found."""

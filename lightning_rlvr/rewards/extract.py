@@ -5,33 +5,50 @@ and looks only at the last TAIL characters.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 TAIL = 20_000  # characters: a final answer further from the end than that is not found
+JOINT = 40  # characters between two boxes of one answer
 _TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[\s\S]|[{}]")
+_JOINED = re.compile(r"[\s$]*(?:,|;|,?[\s$]*(?:\\text ?\{)?\s*\b(?:and|or)\b\s*\}?)[\s$]*")
 
 
 def last_boxed(text: str) -> str | None:
     r"""Return the content of the last \boxed{...} (or \fbox) whose braces close, None if there is none.
 
-    Of nested boxes the inner one counts: it opens last.
+    Of nested boxes the inner one counts: it opens last. Boxes that nothing but a comma, `and` or `or` joins are the
+    parts of one answer.
 
     >>> last_boxed(r"first \boxed{1}, then \boxed{\frac{1}{2}} and \boxed{3")
     '\\frac{1}{2}'
+    >>> last_boxed(r"Not \boxed{7}: $x = \boxed{1}$ or $x = \boxed{2}$, hence $\boxed{1}$ and $\boxed{2}$.")
+    '1, 2'
     """
-    open_braces: list[int | None] = []  # the content's start for a box, None for a plain brace
-    best: tuple[int, int] | None = None
     tail = text[-TAIL:]
-    for token in _TOKEN.finditer(tail):
+    parts: list[str] = []
+    following = None
+    for opens, start, end in sorted(_closed_boxes(tail), reverse=True):
+        between = tail[end + 1 : following]
+        if parts and (len(between) > JOINT or not _JOINED.fullmatch(between)):
+            break
+        parts.append(tail[start:end].strip())
+        following = opens
+    return ", ".join(dict.fromkeys(reversed(parts))) if parts else None
+
+
+def _closed_boxes(text: str) -> Iterator[tuple[int, int, int]]:
+    """Yield where each box whose braces close begins, and where its content begins and ends."""
+    open_braces: list[tuple[int, int] | None] = []  # a box, None for a plain brace
+    for token in _TOKEN.finditer(text):
         piece = token.group()
         if len(piece) > 2:
-            open_braces.append(token.end())
+            open_braces.append(token.span())
         elif piece == "{":
             open_braces.append(None)
         elif piece == "}" and open_braces:
-            start = open_braces.pop()
-            if start is not None and (best is None or start > best[0]):
-                best = (start, token.start())
-    return None if best is None else tail[best[0] : best[1]].strip()
+            box = open_braces.pop()
+            if box is not None:
+                yield *box, token.start()
 
 
 def after_hashes(text: str) -> str | None:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from typing import Any
 from lightning_rlvr.rewards import _worker
 from lightning_rlvr.types import UserError
 
+SLICE_S = 0.1  # of CPU time: an item that takes longer is put off until all others are done: it must not hold them up
+GRACE_S = 1.0  # for a worker's own alarm, which ends what takes too long, before the pool kills the worker
 CHUNK_ITEMS = 16
 CHUNK_BYTES = 32 * 1024  # below the size of a pipe's buffer: handing out a chunk does not block
 START_S = 60.0  # a worker that cannot import its judge in that time is reported, not waited for
@@ -57,7 +60,7 @@ class _Worker:
             start_new_session=True,  # Ctrl-C in the terminal does not reach it
         )
         self.owner = os.getpid()
-        self.timeout_s: float = setup["timeout_s"]
+        self.limit_s = 0.0  # for each item of the chunk at hand
         self.ready = False
         self.taken = False  # whether it has begun to read the chunk: until then no item is to blame
         self.pending: deque[int] = deque()
@@ -65,14 +68,19 @@ class _Worker:
         self._buffer = bytearray()
         self._send(_worker.pack(setup))
 
-    def hand(self, indices: Sequence[int], items: Sequence[str]) -> None:
+    def hand(self, indices: Sequence[int], items: Sequence[str], limit_s: float, slice_s: float) -> None:
         """Send a chunk of items (JSON texts). That a worker died before is noticed when its output ends."""
         self.pending.extend(indices)
-        data = f"[{','.join(items)}]".encode("ascii")
+        data = f'{{"limit_s": {limit_s}, "slice_s": {slice_s}, "items": [{",".join(items)}]}}'.encode("ascii")
+        self.limit_s = limit_s
         if self.ready:
-            self.deadline = time.monotonic() + self.timeout_s
+            self.wait()
         self.taken = False
         self._send(struct.pack(">I", len(data)) + data)
+
+    def wait(self) -> None:
+        """Give it from now on its limit for the next sign of life."""
+        self.deadline = time.monotonic() + (self.limit_s + GRACE_S if self.ready else START_S)
 
     def read(self) -> list[Any] | None:
         """Return the messages that have come, None at the end of the worker's output."""
@@ -81,7 +89,7 @@ class _Worker:
         if not data:
             return None
         self._buffer += data
-        self.deadline = time.monotonic() + (self.timeout_s if self.ready else START_S)
+        self.wait()
         return _worker.unpack(self._buffer)
 
     def fileno(self) -> int:
@@ -90,10 +98,14 @@ class _Worker:
         return self.process.stdout.fileno()
 
     def stop(self) -> None:
-        """Kill and reap the process; in a forked child, only let go of it."""
+        """End and reap the process and its child; in a forked child of ours, only let go of it."""
         if os.getpid() == self.owner:
-            self.process.kill()
-            self.process.wait()
+            self.process.terminate()
+            try:
+                self.process.wait(GRACE_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
         else:
             self.process.poll()  # not our child: marks it as done with
         for pipe in (self.process.stdin, self.process.stdout):
@@ -119,7 +131,8 @@ class WorkerPool:
 
     `file` and `function` name the judge: a function of one JSON value that returns one, in a file that is
     loaded by its path (without the package around it). An item that takes more than `timeout_s` seconds of
-    wall time is given up and its worker killed and replaced; the other items of its chunk are done anew.
+    wall time is given up and its process killed and replaced; the other items of its chunk go to another. What takes
+    more than a tenth of a second of CPU time is done again when all else is done, with its whole limit.
     `memory_mb` bounds a worker's address space in MiB, on Linux. Workers start at the first call, and again
     after `close`. Calls from several threads take turns. Raises UserError if a worker cannot start.
     """
@@ -133,11 +146,10 @@ class WorkerPool:
             if not ok:
                 raise UserError(f"{key} must be {rule}, got {value}. Set reward.init_args.{key}.")
         self._arguments = (str(file), function, workers, timeout_s, memory_mb)
-        self._count = workers
+        self._count, self._timeout_s = workers, timeout_s
         self._setup = {
             "file": os.path.abspath(file),
             "function": function,
-            "timeout_s": timeout_s,
             "memory_mb": memory_mb,
             "path": [os.path.abspath(entry) for entry in sys.path],
         }
@@ -155,7 +167,7 @@ class WorkerPool:
             if any(worker.owner != os.getpid() for worker in self._workers):
                 _stop_all(self._workers)  # we are a fork: they are the parent's
             try:
-                return _Job(self._workers, self._setup, self._count, items).run()
+                return _Job(self._workers, self._setup, self._count, self._timeout_s, items).run()
             except BaseException:
                 _stop_all(self._workers)
                 raise
@@ -173,10 +185,12 @@ class WorkerPool:
 class _Job:
     """One call of `map`: the queue of item indices, and what has been found."""
 
-    def __init__(self, workers: list[_Worker], setup: dict[str, Any], count: int, items: Sequence[Any]) -> None:
-        self.workers, self.setup = workers, setup
+    def __init__(
+        self, workers: list[_Worker], setup: dict[str, Any], count: int, timeout_s: float, items: Sequence[Any]
+    ) -> None:
+        self.workers, self.setup, self.timeout_s = workers, setup, timeout_s
         self.items = [json.dumps(item) for item in items]
-        self.queue = deque(range(len(items)))
+        self.queue, self.put_off = deque(range(len(items))), deque[int]()
         self.found: dict[int, Outcome] = {}
         self.chunk = max(1, min(CHUNK_ITEMS, math.ceil(len(items) / count)))
         self.count = min(count, math.ceil(len(items) / self.chunk))
@@ -199,20 +213,26 @@ class _Job:
     def _hand_out(self) -> None:
         for worker in [w for w in self.workers if not w.pending and w.process.poll() is not None]:
             self._retire(worker)  # died while idle: no item's fault
-        while self.queue:
+        while self.queue or self.put_off:
             idle = next((worker for worker in self.workers if not worker.pending), None)
             if idle is None and len(self.workers) >= self.count:
                 return
             if idle is None:
                 idle = _Worker(self.setup)
                 self.workers.append(idle)
-            indices, size = [self.queue.popleft()], 0
-            while self.queue and len(indices) < self.chunk:
-                size += len(self.items[indices[-1]])
-                if size + len(self.items[self.queue[0]]) > CHUNK_BYTES:
-                    break
-                indices.append(self.queue.popleft())
-            idle.hand(indices, [self.items[index] for index in indices])
+            first = bool(self.queue)
+            indices = self._chunk() if first else [self.put_off.popleft()]
+            slice_s = SLICE_S if first else 0.0
+            idle.hand(indices, [self.items[index] for index in indices], self.timeout_s, slice_s)
+
+    def _chunk(self) -> list[int]:
+        indices, size = [self.queue.popleft()], 0
+        while self.queue and len(indices) < self.chunk:
+            size += len(self.items[indices[-1]])
+            if size + len(self.items[self.queue[0]]) > CHUNK_BYTES:
+                break
+            indices.append(self.queue.popleft())
+        return indices
 
     def _collect(self, worker: _Worker) -> None:
         messages = worker.read()
@@ -225,13 +245,19 @@ class _Job:
                 raise UserError(f"a verifier process cannot start: {message['failed']}. Is its package installed?")
             if "ready" in message:
                 worker.ready = True
-                worker.deadline = time.monotonic() + worker.timeout_s
+                worker.wait()
             if "ready" in message or "taken" in message:
                 worker.taken = worker.ready and "taken" in message
                 continue
-            self.found[worker.pending.popleft()] = Outcome(message.get("value"), error=message.get("error"))
-            if message["last"]:
-                self._retire(worker)
+            self._note(worker.pending.popleft(), message)
+            if message.get("last"):  # another process will take over
+                self._take_back(worker)
+
+    def _note(self, index: int, message: dict[str, Any]) -> None:
+        if "put_off" in message:
+            self.put_off.append(index)
+        else:
+            self.found[index] = Outcome(message.get("value"), "timed_out" in message, message.get("error"))
 
     def _give_up(self, worker: _Worker, outcome: Outcome) -> None:
         if not worker.ready:
@@ -244,11 +270,14 @@ class _Job:
             self.found[worker.pending.popleft()] = outcome
         self._retire(worker)
 
+    def _take_back(self, worker: _Worker) -> None:
+        self.queue.extendleft(reversed(worker.pending))
+        worker.pending.clear()
+
     def _retire(self, worker: _Worker) -> None:
         self.workers.remove(worker)
         worker.stop()
-        self.queue.extendleft(reversed(worker.pending))
-        worker.pending.clear()
+        self._take_back(worker)
 
 
 def _readable(workers: Sequence[_Worker], wait_s: float) -> list[_Worker]:

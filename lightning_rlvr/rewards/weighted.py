@@ -61,6 +61,10 @@ class WeightedSum(Reward):
         for part in self.parts.values():
             part.reward.check(prompts)
 
+    def unjudgeable(self, prompts: Sequence[Prompt]) -> list[int]:
+        """Return the places of the prompts that one of the parts cannot judge."""
+        return sorted({place for part in self.parts.values() for place in part.reward.unjudgeable(prompts)})
+
     def __call__(self, responses: Sequence[Response], prompts: Sequence[Prompt]) -> list[Verdict]:
         """Judge responses[i] as an answer to prompts[i] by every part."""
         judged = {name: part.reward(responses, prompts) for name, part in self.parts.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,8 @@ class RLVRDataModule(LightningDataModule):
         scoring: how training questions are scored, where the order needs it.
         max_prompt_tokens: the most tokens that a prompt may have.
         long_prompts: whether a longer prompt is an error or is dropped, counted.
+        unjudgeable: whether a question that the reward cannot judge (an unparsable gold answer) is an error or is
+            dropped, counted.
         cache_dir: where scores are cached; by default $LIGHTNING_RLVR_CACHE or ~/.cache/lightning_rlvr.
         seed: of sampling for scores, ties and shuffles.
     """
@@ -68,6 +71,7 @@ class RLVRDataModule(LightningDataModule):
         scoring: Scoring = Scoring(),  # noqa: B008 - frozen
         max_prompt_tokens: int = 1024,
         long_prompts: Literal["error", "drop"] = "error",
+        unjudgeable: Literal["error", "drop"] = "error",
         cache_dir: str | None = None,
         seed: int = 1,
     ) -> None:
@@ -92,6 +96,7 @@ class RLVRDataModule(LightningDataModule):
         self.eval_samples, self.eval_prompts_per_batch = eval_samples, eval_prompts_per_batch
         self.curriculum, self.scoring = curriculum, scoring
         self.max_prompt_tokens, self.long_prompts = max_prompt_tokens, long_prompts
+        self.unjudgeable = unjudgeable
         self.cache_dir = cache_root(cache_dir)
         self.seed = seed
         self.questions: dict[Split, list[Prompt]] = {}
@@ -150,7 +155,11 @@ class RLVRDataModule(LightningDataModule):
         prompts = task.load()
         if not prompts:
             raise UserError(f"data.{split} has no questions: nothing could be sampled. Set data.{split}.")
-        module.reward.check(prompts)
+        if self.unjudgeable == "error":
+            module.reward.check(prompts)
+        else:
+            gone = module.reward.unjudgeable(prompts)
+            prompts = self._without(gone, prompts, split, "as the reward cannot judge them", "unjudgeable")
         tokenizer = module.policy_source.tokenizer()
         lengths = [len(module.prompt_format.encode(tokenizer, prompt.text)) for prompt in prompts]
         long = [i for i, length in enumerate(lengths) if length > self.max_prompt_tokens]
@@ -160,15 +169,18 @@ class RLVRDataModule(LightningDataModule):
                 f"{prompts[long[0]].uid} has {lengths[long[0]]} ({len(long)} of {len(prompts)} are too long). "
                 "Set data.max_prompt_tokens, or data.long_prompts to drop."
             )
-        if long:
-            rank_zero_info(f"data.{split}: dropped {len(long)} of {len(prompts)} prompts as too long")
-            prompts = [prompt for i, prompt in enumerate(prompts) if i not in set(long)]
-            if not prompts:
-                raise UserError(
-                    f"all prompts of data.{split} have more than {self.max_prompt_tokens} tokens: none is left. "
-                    "Set data.max_prompt_tokens."
-                )
-        return prompts
+        why = f"as they have more than {self.max_prompt_tokens} tokens"
+        return self._without(long, prompts, split, why, "max_prompt_tokens")
+
+    @staticmethod
+    def _without(gone: Sequence[int], prompts: list[Prompt], split: Split, why: str, key: str) -> list[Prompt]:
+        """Return the prompts but those at the given places, said and counted."""
+        if len(gone) == len(prompts):
+            raise UserError(f"all questions of data.{split} are dropped {why}: none is left. Set data.{key}.")
+        if gone:
+            rank_zero_info(f"data.{split}: dropped {len(gone)} of {len(prompts)} questions {why}")
+        places = set(gone)
+        return [prompt for i, prompt in enumerate(prompts) if i not in places]
 
     # --- scores ----------------------------------------------------------------------------------
 

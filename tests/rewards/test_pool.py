@@ -107,6 +107,34 @@ def test_the_limit_is_per_item_not_per_chunk(judge):
     pool.close()
 
 
+def test_what_is_put_off_gets_its_whole_limit_after_all_else(judge):
+    judge.write_text(
+        "import os, time\ndef judge(item):\n    end = time.process_time() + item\n"
+        "    while time.process_time() < end: pass\n    return [time.monotonic(), os.getpid()]\n"
+    )
+    pool = WorkerPool(judge, "judge", workers=1, timeout_s=3.0, memory_mb=512)
+    slow, *quick, hung = (outcome.value for outcome in pool.map([0.4, *[0.01] * 20, 60.0]))
+    assert hung is None
+    assert slow[0] > max(at for at, _ in quick)
+    assert slow[1] not in {pid for _, pid in quick}, "another process does the rest"
+    pool.close()
+
+
+def test_a_hung_item_costs_no_new_start(pool):
+    pool.map(list(range(64)))
+    pids = pool.pids()
+    assert [o.timed_out for o in pool.map(["hang", 1, "sleep", 2])] == [True, False, True, False]
+    assert pool.pids() == pids
+
+
+def test_close_ends_the_processes_that_judge(pool):
+    (judging,) = (o.value for o in pool.map(["pid"]))
+    assert judging not in pool.pids()
+    assert alive(judging)
+    pool.close()
+    assert wait_until(lambda: not alive(judging))
+
+
 def test_prints_do_not_corrupt_the_channel(pool):
     assert [o.value for o in pool.map(["print", 1, "print", 2])] == ["print", 1, "print", 2]
 
@@ -180,7 +208,8 @@ def test_copies_are_fresh_pools(pool):
 
 
 PARENT = """
-import sys, time, types
+import signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if whoever started the tests ignores it
 
 stub = types.ModuleType("lightning_rlvr.types")   # the real one imports torch, which takes seconds
 stub.UserError = ValueError

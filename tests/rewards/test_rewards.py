@@ -298,3 +298,12 @@ def test_the_cache_is_bounded_and_forgets_the_oldest():
     assert len(cache) == 3
     assert [cache.get(n) for n in (0, 7, 8, 9)] == [0, None, -8, -9]
     assert len(pickle.loads(pickle.dumps(cache))) == 0
+
+
+def test_unjudgeable_golds_are_named_by_their_places():
+    prompts = [Prompt("a", "", "3"), Prompt("b", "", " "), Prompt("c", "", "so it is\n#### 3"), Prompt("d", "", "4")]
+    assert ExactMatch().unjudgeable(prompts) == [1, 2]
+    assert ExactMatch(r"(\d)").unjudgeable(prompts) == [1]
+    assert FormatMatch(".*").unjudgeable(prompts) == []
+    parts = {"format": Part(FormatMatch(".*")), "answer": Part(ExactMatch()), "other": Part(ExactMatch(r"(\d)"))}
+    assert WeightedSum(parts).unjudgeable(prompts) == [1, 2]

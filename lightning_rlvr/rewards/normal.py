@@ -1,0 +1,145 @@
+r"""Answers as text: one way to write each, what a percent sign means, and which answers only repeat the question."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from .number import Number, plain_number, same_number
+
+_SIGNS = {
+    **dict.fromkeys("\N{MINUS SIGN}\N{EN DASH}\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{FULLWIDTH HYPHEN-MINUS}", "-"),
+    **{"\N{MULTIPLICATION SIGN}": r"\times ", "\N{MIDDLE DOT}": r"\cdot ", "\N{DIVISION SIGN}": r"\div "},
+    **{"\N{PLUS-MINUS SIGN}": r"\pm ", "\N{LESS-THAN OR EQUAL TO}": r"\le ", "\N{GREATER-THAN OR EQUAL TO}": r"\ge "},
+    **{"\N{GREEK SMALL LETTER PI}": r"\pi ", "\N{INFINITY}": r"\infty ", "\N{DEGREE SIGN}": r"^\circ"},
+    **{"\N{UNION}": r"\cup ", "\N{INTERSECTION}": r"\cap ", "\N{ELEMENT OF}": r"\in "},
+    **{"\N{SUPERSCRIPT TWO}": "^2", "\N{SUPERSCRIPT THREE}": "^3"},
+}
+_TRANSLATE = str.maketrans(_SIGNS)
+_NUMBER_WORDS = "hundred|thousand|million|billion|trillion|dozen|percent|percentage|times|plus|minus|over|squared|cubed"
+_REWRITES = tuple(
+    (re.compile(pattern, re.ASCII), replacement)
+    for pattern, replacement in (
+        (r"√(\w+)", r"\\sqrt{\1}"),
+        (r"\*\*", "^"),
+        (r"\\varnothing", r"\\emptyset"),
+        (r"\s*(?:\\(?:text|mathrm|mbox) ?\{ ?)(?:percent|percentage|pct) ?\}", r"\\%"),
+        (r"(?<=\d) ?(?:percent|percentage|pct)\.?\Z", r"\\%"),
+        (r"(?<=\d)(?:\{,\}|\\,|\\!,|,\\!)(?=\d{3}(?!\d))", ","),  # thousands
+        (r"(?<=[^.])\.\Z", ""),  # the sentence's full stop
+        (r"\A(-?)(\d{1,3})((?: \d{3})+)(\.\d+)?\Z", lambda m: m[1] + m[2] + m[3].replace(" ", "") + (m[4] or "")),
+        (r"\A(-?\d+) (\d+)/(\d+)\Z", r"\1\\frac{\2}{\3}"),  # a mixed number
+        (r"\A[€£¥] ?(?=\d)", ""),
+        # a unit after a number: a noun of four letters or more, so that it is no product of variables
+        (rf"\A(-?[\d.,]*\d) (?!(?:{_NUMBER_WORDS}|and|or)\b)[A-Za-z]{{4,}}(?: (?!and\b|or\b)[A-Za-z]+)*\Z", r"\1"),
+    )
+)
+_GROUPS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", re.ASCII)
+_SEPARATOR = re.compile(r"\s*(?:,|;|,?\s*(?:\\text ?\{ ?)?(?:and|or)(?: ?\})?)?\s*")
+_PERCENT = re.compile(r"\s*\\?%\s*")
+_BRACKETS = re.compile(r"[(\[]|\\\{")
+
+
+def tidy(text: str) -> str:
+    r"""Write a text on one line with - for minus, ^ for powers, 1,234 or 1234 for thousands, \% for percent.
+
+    The full stop behind it goes, and so do a currency sign before a number and a noun after one: 18 dollars.
+
+    >>> tidy("12 345"), tidy("18 dollars"), tidy(r"1{,}234\sqrt{2}"), tidy("x ≥ 2 π.")
+    ('12345', '18', '1234\\sqrt{2}', 'x \\ge  2 \\pi')
+    """
+    text = _undollar(" ".join(text.split()).translate(_TRANSLATE)).strip()
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text).strip()
+    if text.count(",") == sum(group.count(",") for group in _GROUPS.findall(text)) and not _BRACKETS.search(text):
+        text = _GROUPS.sub(lambda group: group[0].replace(",", ""), text)  # no list: they stand for thousands
+    return text
+
+
+def _undollar(text: str) -> str:
+    """Take the dollar signs off several formulas that only commas, `and` and `or` join."""
+    pieces = re.split(r"(?<!\\)\$", text)
+    several = len(pieces) > 4 and len(pieces) % 2 == 1
+    return "".join(pieces) if several and all(map(_SEPARATOR.fullmatch, pieces[::2])) else text
+
+
+def split_percent(text: str) -> tuple[str, bool]:
+    r"""Return the text without its percent sign, if it has one and that at its end, and whether it had.
+
+    >>> split_percent(r"50 \%"), split_percent("5")
+    (('50', True), ('5', False))
+    """
+    bare = text.strip().strip("$").strip()
+    body = bare[:-1].rstrip().removesuffix("\\").rstrip()
+    return (body, True) if bare.endswith("%") and "%" not in body and body else (text, False)
+
+
+def same_plain(gold: str, answer: str) -> bool | None:
+    r"""Say whether a plain number answers another; None if one of them is none.
+
+    A percent sign in the gold is a unit: 300 and 300\% answer 300\%, 3 does not. A percentage answers a gold without
+    sign by its value, 50\% is 0.5, and by its number where that is over 1: 50\% answers 50, 0.5\% not 0.5.
+    """
+    (gold, gold_percent), (answer, answer_percent) = split_percent(gold), split_percent(answer)
+    wanted, number = plain_number(gold), plain_number(answer)
+    if wanted is None or number is None:
+        return None
+    if gold_percent or not answer_percent:
+        return same_number(wanted, number)
+    places = None if number.places is None else number.places + 2
+    by_value = same_number(wanted, Number(number.value / 100, places))
+    return by_value or (abs(wanted.value) > 1 and same_number(wanted, number))
+
+
+# --- choices ---------------------------------------------------------------------------------------
+
+_WRAPPED = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox) ?\{([^{}]*)\}")
+_LETTER = re.compile(r"\(?([A-J])\)?\.?")
+_CHOICE = re.compile(r"(?:(?:option|choice) )?(?:\(([A-J])\)|([A-J])[.:)]|([A-J])\Z)((?:\\ |\s)*(.*))", re.IGNORECASE)
+
+
+def same_choice(gold: str, answer: str) -> bool | None:
+    r"""Say whether the answer names the letter that the gold is; None if the gold is none or the answer names none.
+
+    >>> same_choice("B", r"\textbf{(B)}\ 12"), same_choice("(B)", "C."), same_choice("B", "A or B")
+    (True, False, None)
+    """
+    wanted = _LETTER.fullmatch(_unwrapped(gold))
+    named = _CHOICE.fullmatch(_unwrapped(answer)) if wanted else None
+    if wanted is None or named is None or re.match(r",|and\b|or\b|&", named[5]) or re.search(r"\([A-J]\)", named[5]):
+        return None
+    letter = named[1] or named[2] or named[3]
+    return letter == wanted[1] if letter.isupper() else None
+
+
+def _unwrapped(text: str) -> str:
+    return _WRAPPED.sub(r"\1", text).strip().strip("$").strip()
+
+
+# --- echoes ----------------------------------------------------------------------------------------
+
+_LOOKS = re.compile(r"\s|\$|\\(?:left|right|displaystyle|[,;!:> ])|(?<=\\)[dt](?=frac)")
+_UNDONE = re.compile(
+    r"(?!\A)[-+*/^!<>=]|\\(?:frac|sqrt|times|cdot|div|binom|log|ln|sin|cos|tan|sum|prod|int|lim|pm|l?eq?|g?eq?)\b"
+)
+_ASSIGNED = re.compile(r"[A-Za-z]\w*=-?[\d.]+")
+
+
+def is_echo(answer: str, question: str, golds: Iterable[str]) -> bool:
+    r"""Say whether an answer stands so in the question, has something left to do, and is written unlike every gold.
+
+    2+3 is no answer to "What is 2+3?", nor x^2-1 to "Factor x^2-1". Numbers, words and x=5 are never echoes.
+
+    >>> is_echo("2 + 3", "What is $2+3$?", ["5"]), is_echo("5", "Is 5 prime or 6?", ["5"])
+    (True, False)
+    """
+    compact = _LOOKS.sub("", answer)
+    if not _UNDONE.search(compact) or _ASSIGNED.fullmatch(compact):
+        return False
+    if any(compact == _LOOKS.sub("", gold) for gold in golds):
+        return False
+    asked = question.translate(_TRANSLATE).replace("**", "^")
+    if compact not in _LOOKS.sub("", asked):
+        return False
+    pieces = rf"(?:{_LOOKS.pattern})*".join(map(re.escape, compact))
+    return re.search(rf"(?<![\w.]){pieces}(?![\w.]*\w)", asked) is not None
