@@ -8,10 +8,11 @@
   processes, sockets, signals, ptrace, and memory that no limit counts.
 - `none`: the machine gives neither, and no program is run.
 
-What `limited` cannot contain: reading what this user can read (home, project, data sets, other processes' environment
-and memory in /proc, hence expected answers and keys); writing where this user can write, /proc/PID/mem of this
-user's processes and so the verdict itself included; as root, everything but new processes. On other machines than the
-two named, also: the network, signals to this user's processes, fork bombs, and survivors that leave the process group.
+What `limited` cannot contain: reading what this user can read (home, project, data sets, the environment and memory of
+this user's processes in /proc, hence keys and expected answers); writing what this user can write (as root:
+everything), /proc/PID/mem of its processes and so verdicts included; filling the disk with many files. On other
+machines than the two named also: the network, signals to this user's processes, fork bombs, memory that is shared or
+has no address, and survivors that leave the process group.
 
 What `isolated` bounds by time only: the kernel's memory for threads and for empty files in /tmp. What no level hides:
 Python's standard library, the kernel's version, the number of processors, the time, and that it is observed.
