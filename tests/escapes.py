@@ -31,6 +31,7 @@ ATTEMPTS = {
     "io_uring": "assert syscall(425, 1, ctypes.create_string_buffer(120)) >= 0",
     "keyring": "assert syscall(250, 0, -3, 1) >= 0",
     "kill the parent": "os.kill(os.getppid(), 9)",
+    "signal the parent": "os.kill(os.getppid(), 0)",
     "kill everything": "os.kill(-1, 9)",
     "kill the group": "os.killpg(0, 9)",
     "stop the parent by pidfd": "signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 19)",

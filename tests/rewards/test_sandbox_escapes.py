@@ -12,6 +12,8 @@ from escapes import ATTEMPTS, FLOODS, FORGERIES, PREAMBLE
 
 from lightning_rlvr.rewards import CodeTests
 from lightning_rlvr.rewards.sandbox import Level, Limits, Program, Sandbox, probe, process
+from lightning_rlvr.rewards.sandbox.command import find_bwrap
+from lightning_rlvr.rewards.sandbox.probe import _refusal
 from lightning_rlvr.types import Prompt, Response
 
 GROUND = probe()
@@ -68,6 +70,12 @@ def nothing_left(tmp_path, monkeypatch):
 def port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
+
+
+def test_where_bubblewrap_starts_nothing_is_skipped():
+    """A leak that the probe finds lowers the level, and would skip the tests that name it."""
+    if any(not _refusal(bwrap) for bwrap in find_bwrap()):
+        assert GROUND.level is Level.isolated, GROUND.missing
 
 
 def test_there_are_at_least_40_programs():
@@ -172,8 +180,9 @@ def test_the_attempts_are_real(name, tmp_path, port, monkeypatch):
     assert judge(PREAMBLE.format(attempt=ATTEMPTS[name]), question, level="limited").correct
 
 
+# nothing that would do harm if it were not held
 LIMITED = ["fork", "double fork that holds the pipe", "subprocess", "tcp to a server on this machine", "udp"]
-LIMITED += ["kill the parent", "kill everything", "read the environment", "ptrace", "memory flood", "anonymous file"]
+LIMITED += ["signal the parent", "read the environment", "memory flood", "anonymous file"]
 LIMITED += ["any other descriptor", "disk flood in one file", "descriptor flood", "shared memory"]
 
 

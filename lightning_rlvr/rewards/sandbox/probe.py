@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from functools import lru_cache
 from lightning_rlvr.rewards.sandbox import command
 from lightning_rlvr.rewards.sandbox.process import START_S, End, Limits, Process, Program
 from lightning_rlvr.rewards.sandbox.seccomp import filter_program
+
+_log = logging.getLogger(__name__)
 
 
 class Level(IntEnum):
@@ -56,10 +59,17 @@ else: print("reach the network")
 
 @lru_cache
 def probe() -> Ground:
-    """Try the levels, once a process.
+    """Try the levels, once a process, and log what was found.
 
     Raises nothing: a machine without any gives Level.none.
     """
+    ground = _probe()
+    filtered = "with" if ground.seccomp else "without"
+    _log.info("programs can be %s here, %s a seccomp filter. %s", ground.level.name, filtered, ground.missing)
+    return ground
+
+
+def _probe() -> Ground:
     if sys.platform != "linux":
         return Ground(Level.none, f"it needs Linux, and this is {sys.platform}")
     try:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Literal
 
 from lightning_rlvr.rewards.sandbox.probe import Ground, Level, probe
 from lightning_rlvr.rewards.sandbox.process import Limits, Process, Program, Run
 from lightning_rlvr.types import UserError
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -20,22 +17,20 @@ class Sandbox:
     level: Literal["limited", "isolated"] = "isolated"
 
     def ground(self) -> Ground:
-        """Return what the machine gives, and log it. Raises UserError if that is less than the level demanded."""
+        """Return what the machine gives. Raises UserError if that is less than the level demanded."""
         ground = probe()
         if ground.level < Level[self.level]:
             raise UserError(
                 f"level must be one that this machine gives, got {self.level!r}, and it gives {ground.level.name!r}: "
-                f"{ground.missing}. Programs that a model wrote must be contained. Put that right, or set "
-                "reward.init_args.level, having read what a lower level cannot contain in "
-                "lightning_rlvr.rewards.sandbox."
+                f"{ground.missing}. Programs that a model wrote must be contained. Put that right, choose "
+                "another reward or data set, or, having read in lightning_rlvr.rewards.sandbox what the lower level "
+                "cannot contain, set CodeTests' level: reward.init_args.level."
             )
-        seccomp = "with" if ground.seccomp else "without"
-        _log.info("programs run %s, %s a seccomp filter (the machine gives %s)", self.level, seccomp, ground.level.name)
         return ground
 
     def start(self, program: Program, limits: Limits) -> Process:
         """Start a program; to be used in a `with`."""
-        ground = probe() if probe().level >= Level[self.level] else self.ground()
+        ground = self.ground()
         return Process(program, limits, ground.bwrap if self.level == "isolated" else None)
 
     def run(self, program: Program, limits: Limits) -> Run:
