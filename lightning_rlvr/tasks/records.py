@@ -30,7 +30,8 @@ class Records(Task):
         solution_column: column to read the answer from where the answer column is empty.
         answer_pattern: regular expression; group 1 of its last match in the answer column (in the solution
             column if there is one) is the gold answer. "#### (.+)$" suits GSM8K. Empty takes the whole column.
-        prompt_template: text with {question} (the question column) and any other column, by name.
+        prompt_template: text with {question} (the question column) and any other column, by name; a list of texts
+            stands one on a line.
         rows: [start, stop] keeps the rows start <= row < stop; stop may be null for "to the end".
         uid_column: column that names each row; empty for the source's name and the row.
         unique: drop rows whose prompt text occurred before.
@@ -104,7 +105,7 @@ class Records(Task):
         where, stem = self.source()
         at = f"row {row} of {where}"
         question = _text(record, self.question_column, "question_column", at)
-        values = {**record, "question": question}
+        values = {name: _lines(value) for name, value in {**record, "question": question}.items()}
         template = Template.parse(self.prompt_template)
         for name in template.names:
             value = values.get(name, "")
@@ -215,6 +216,11 @@ def _lookup(record: Record, column: str, key: str, at: str) -> Any:
                 f"Set the task's {key}."
             ) from error
     return value
+
+
+def _lines(value: Any) -> Any:
+    texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return "\n".join(value) if texts else value
 
 
 def _short(text: str, limit: int = 60) -> str:

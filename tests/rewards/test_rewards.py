@@ -9,10 +9,13 @@ from jsonargparse import ArgumentParser
 from lightning_rlvr.rewards import ExactMatch, FormatMatch, MathAnswer, Part, ReasoningGymScore, WeightedSum
 from lightning_rlvr.rewards.cache import BoundedCache
 from lightning_rlvr.rewards.extract import TAIL, last_boxed, last_lines, marked_answer
-from lightning_rlvr.rewards.reasoning_gym import EXECUTING
+from lightning_rlvr.rewards.reasoning_gym import EXECUTING, TEXTUAL
+from lightning_rlvr.rewards.sandbox import Ground, Level, probe
+from lightning_rlvr.rewards.sandbox.inside.gym import is_arithmetic
 from lightning_rlvr.tasks import ReasoningGym
 from lightning_rlvr.types import Prompt, Response, Reward, Status, UserError
 
+needs_isolation = pytest.mark.skipif(probe().level < Level.isolated, reason=f"no isolation: {probe().missing}")
 PROMPT = Prompt("u1", "question", "New  York")
 
 
@@ -180,6 +183,7 @@ def test_the_yaml_of_the_docstring_parses():
         ("ExactMatch", {"answer_pattern": "(x)", "ignore_case": True}),
         ("FormatMatch", {"pattern": "x"}),
         ("ReasoningGymScore", {}),
+        ("CodeTests", {"level": "limited", "workers": 1, "timeout_s": 2, "memory_mb": 600, "prelude": "import math"}),
     ],
 )
 def test_every_reward_is_chosen_by_class_path(name, arguments):
@@ -233,23 +237,78 @@ def test_a_scorer_cannot_change_the_entry():
     assert prompt.metadata["entry"]["metadata"]
 
 
-def test_executing_scorers_are_refused():
+def test_every_scorer_that_executes_text_is_known():
     from reasoning_gym.factory import DATASETS
 
-    assert len(EXECUTING) == 9
-    assert set(DATASETS) >= EXECUTING
+    assert len(EXECUTING | TEXTUAL | {"puzzle24"}) == 9
+    assert set(DATASETS) >= EXECUTING | TEXTUAL
+
+
+@pytest.mark.parametrize("name", sorted(TEXTUAL))
+def test_texts_are_compared_without_their_scorer(name):
+    prompt, reward = gym_prompt(name), ReasoningGymScore(r"(?s)\A(.*)\Z")
+    reward.check([prompt])
+    assert prompt.metadata["entry"]["answer"]
+    answer = prompt.metadata["entry"]["answer"]
+    assert judge(reward, answer, prompt).correct
+    assert judge(reward, f"{answer}1", prompt).status is Status.WRONG
+    assert judge(reward, "[exit()]", prompt).status is Status.WRONG
+
+
+@needs_isolation
+def test_evaluating_scorers_run_in_the_sandbox():
+    reward = ReasoningGymScore(timeout_s=1.0)
+    sums, product = gym_prompt("countdown"), gym_prompt("polynomial_multiplication")
+    integral = gym_prompt("simple_integration")
+    right = [(sums, sums.answer), (product, product.answer), (integral, integral.answer)]
+    slow, bad = (integral, "9**9**9**9"), (sums, "().__class__.__base__.__subclasses__()")
+    wrong = [(sums, "1 + 1"), (integral, "x"), (product, "exit")]
+    items = [*right, slow, bad, (sums, "print(1)"), *wrong, right[0]]
+    reward.check([prompt for prompt, _ in items])
+    responses = [Response(rf"\boxed{{{answer}}}") for _, answer in items]
+    found = [verdict.status.value for verdict in reward(responses, [prompt for prompt, _ in items])]
+    assert found == ["correct"] * 3 + ["timeout"] + ["unparsable"] * 2 + ["wrong"] * 3 + ["correct"]
+
+
+def test_evaluating_scorers_are_refused_where_nothing_is_isolated(monkeypatch):
+    monkeypatch.setattr("lightning_rlvr.rewards.sandbox.sandbox.probe", lambda: Ground(Level.limited, "no namespaces"))
     for name in EXECUTING:
-        entry = {"question": "", "answer": "", "metadata": {}}
-        prompt = Prompt("u9", "", "", {"source_dataset": name, "entry": entry})
-        with pytest.raises(UserError, match="'u9': its scorer evaluates"):
-            ReasoningGymScore().check([prompt])
-        with pytest.raises(UserError, match="must not execute"):
-            judge(ReasoningGymScore(), "#### print(1)", prompt)
+        with pytest.raises(UserError, match=r"got 'isolated', and it gives 'limited': no namespaces"):
+            ReasoningGymScore().check([gym_prompt(name)])
+    with pytest.raises(UserError, match="no namespaces"):
+        judge(ReasoningGymScore(), "#### 1", gym_prompt("countdown"))
+    ReasoningGymScore().check([gym_prompt("chain_sum")])
 
 
-@pytest.mark.parametrize("name", ["coin_flip", "game_of_life_halting"])
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("1 + 2 * (3 - x) ** 2 / -4 // 5 % 6", True),
+        ("sin(x) + log(2, 10)", True),
+        ("a.b", False),
+        ("a[0]", False),
+        ("'a'", False),
+        ("f'{1}'", False),
+        ("eval(1)", False),
+        ("sin(*x)", False),
+        ("sin(x=1)", False),
+        ("sin(x)(y)", False),
+        ("lambda: 0", False),
+        ("[x for x in y]", False),
+        ("__import__", False),
+        ("(x := 1)", False),
+        ("1; 2", False),
+        ("1 if 2 else 3", False),
+        ("(" * 300 + ")" * 300, False),
+    ],
+)
+def test_arithmetic_is_told_from_code(text, plain):
+    assert is_arithmetic(text) == plain
+
+
+@pytest.mark.parametrize("name", ["coin_flip", "game_of_life_halting", "puzzle24"])
 def test_scorers_that_accept_wrong_answers_are_refused(name):
-    with pytest.raises(UserError, match=rf"'{name}' for question '{name}:3:0': it gives full marks.*ExactMatch"):
+    with pytest.raises(UserError, match=rf"'{name}' for question '{name}:3:0': it .*gives full marks.*ExactMatch"):
         ReasoningGymScore().check([gym_prompt(name)])
 
 
