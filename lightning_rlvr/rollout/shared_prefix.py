@@ -102,7 +102,8 @@ class SharedPrefixDecoder(Decoder):
         """Fill the places of ended rows, and of prompts without rows, with the last ones."""
         rows = Filling(alive)
         group = [self.layout.group[row] for row in rows.order]
-        groups = Filling([g in set(group) for g in range(len(self.layout.length))])
+        live = set(group)
+        groups = Filling([g in live for g in range(len(self.layout.length))])
         for layer in self.layers:
             layer.fill(rows, groups)
         self.layout.fill(rows, groups, group)
@@ -293,12 +294,9 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Hand a step's attention to the layer that stored its keys, if they come untouched from there."""
     layer: Any = getattr(key, LAYER, None)
-    if (
-        layer is None
-        or getattr(value, LAYER, None) is not layer
-        or attention_mask is not layer.layout.mask
-        or any(kwargs.get(name) is not None for name in BEYOND_SOFTMAX)
-    ):
+    of_values: Any = getattr(value, LAYER, None)
+    untouched = layer is not None and layer is of_values and attention_mask is layer.layout.mask
+    if not untouched or any(kwargs.get(name) is not None for name in BEYOND_SOFTMAX):
         raise NotPlainError(type(module).__name__)
     return layer.attend(query, query.shape[-1] ** -0.5 if scaling is None else scaling), None
 

@@ -174,14 +174,15 @@ def test_half_precision_is_met_by_the_training_pass():
 
 
 @pytest.mark.parametrize("samples", [1, 3])
-def test_waiting_prompts_take_the_places_of_ended_rows(llama, monkeypatch, samples):
-    prompts, seeds = PROMPTS * 4, list(range(24))
+@pytest.mark.parametrize("prompts", [PROMPTS * 4, [[12 + i, 5] for i in range(24)]], ids=["unequal", "equal"])
+def test_waiting_prompts_take_the_places_of_ended_rows(llama, monkeypatch, samples, prompts):
+    seeds = list(range(24))
     calls = Calls(llama, monkeypatch)
     got = generate(llama, samples, prompts=prompts, seeds=seeds, max_rows=3 * samples)
     calls.handle.remove()
     assert_equal_to_plain(got, plain(llama, samples, prompts=prompts, seeds=seeds))
     reads = [i for i, (_, width) in enumerate(calls.shapes) if width > 1 or i == 0]
-    assert calls.shapes[reads[0]] == (3, 7)
+    assert calls.shapes[reads[0]] == (3, max(map(len, prompts)))
     widths = [calls.shapes[i][1] for i in reads]
     assert widths == sorted(widths, reverse=True)  # longest first, and no wider than they are
     assert max(rows for rows, _ in calls.shapes) <= 3 * samples
