@@ -53,7 +53,6 @@ class TransformersEngine(Engine):
                 self._decode(batch)
         finally:
             self.model.train(was_training)
-            torch.clear_autocast_cache()  # of weights cast here, through which no gradient would flow
         return batch.rollouts(self.pad_id, torch.float64 if self.model.dtype == torch.float64 else torch.float32)
 
     def _decode(self, batch: _Batch) -> None:

@@ -271,7 +271,7 @@ def test_what_is_returned_can_take_part_in_training(llama):
     assert torch.autograd.grad(loss, llama.lm_head.weight)[0].abs().sum() > 0
 
 
-def test_autocast_keeps_no_weights_through_which_gradients_do_not_flow():
+def test_sampling_under_autocast_leaves_no_cast_weights_without_gradient():
     from lightning_rlvr.models.forward import response_logp
 
     model = build("llama", dtype=torch.float32)
