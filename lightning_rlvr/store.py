@@ -6,10 +6,11 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 import pyarrow as pa
@@ -43,24 +44,44 @@ class Store:
         self.path, self.manifest, self.setting, self.key, self.rank = path, dict(manifest), setting, key, rank
         self.parts = path.with_name(f"{path.name}.parts")
         self._count = len(self._files())
+        self._lock: IO[str] | None = None
 
     @contextmanager
     def claim(self) -> Iterator[None]:
         """Hold the file against other runs that would make it too: these wait here, then find it made.
 
-        The lock ends with the process, however that ends.
+        The claim ends with the process, however that ends.
+        """
+        while not self.try_claim():
+            time.sleep(1.0)
+        try:
+            yield
+        finally:
+            self.release()
+
+    def try_claim(self) -> bool:
+        """Hold the file against other runs if none holds it; return whether it is held now.
+
+        Raises: UserError if its folder cannot be written.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = self.path.with_name(f".{self.path.name}.lock").open("w")
+            self._lock = self.path.with_name(f".{self.path.name}.lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
         except OSError as error:
             raise UserError(
-                f"{self.setting} must lead to a folder that can be written, got {self.path}: {error}. "
+                f"{self.setting} must lead to a folder that can be written and locked, got {self.path}: {error}. "
                 f"Set {self.setting}."
             ) from error
-        with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        return True
+
+    def release(self) -> None:
+        """Let other runs have the file."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def done(self) -> set[str]:
         """Return the keys of the records that are finished, by any rank."""
@@ -87,6 +108,7 @@ class Store:
         shutil.rmtree(self.parts, ignore_errors=True)
 
     def _ordered(self, order: Sequence[str]) -> list[Record]:
+        self.check()
         records = [record for part in self._files() for record in pq.read_table(part).to_pylist()]
         by_key = {record[self.key]: record for record in records}
         twice = sorted({record[self.key] for record in records if record != by_key[record[self.key]]})
@@ -99,9 +121,11 @@ class Store:
         return [by_key[key] for key in order]
 
     def check(self) -> None:
-        """Raise UserError if the file or parts of it are there and were made for another manifest."""
-        for file in [self.path] if self.path.exists() else self._files()[:1]:
-            compare_manifests(read_manifest(file, self.setting), self.manifest, file, self.setting)
+        """Raise UserError if the file or a part of it is there and was made for another manifest."""
+        remedy = f"{self.setting}, or remove {self.parts}"
+        for file in [self.path] if self.path.exists() else self._files():
+            setting = self.setting if file == self.path else remedy
+            compare_manifests(read_manifest(file, setting), self.manifest, file, setting)
 
     def _files(self) -> list[Path]:
         return sorted(self.parts.glob("[0-9]*.parquet"))

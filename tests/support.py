@@ -112,6 +112,13 @@ class Counting(Task):
         return [Prompt(f"count:{i}", f"{i}=", str(i)) for i in range(self.start, self.start + self.size)]
 
 
+class Repeated(Counting):
+    """Two questions of one name."""
+
+    def load(self) -> list[Prompt]:
+        return super().load()[:1] * 2
+
+
 class ManyVowels(Reward):
     """Correct if the response holds an even number of vowels: random policies earn it now and then."""
 
@@ -125,6 +132,13 @@ class ManyVowels(Reward):
 
     def __repr__(self) -> str:
         return "ManyVowels()"
+
+
+class Nameless(Reward):
+    """A reward that does not show its settings."""
+
+    def __call__(self, responses: list[Response], prompts: list[Prompt]) -> list[Verdict]:
+        return [Verdict(0.0, Status.WRONG)] * len(responses)
 
 
 class Mortal(ManyVowels):

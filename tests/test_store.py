@@ -111,6 +111,13 @@ def test_another_manifest_is_refused_with_what_differs(tmp_path):
     assert "new: the file has None, this run 1" in str(error.value)
     assert "sampling" not in str(error.value)
     assert "Set data.scoring.file" in str(error.value)
+    assert f"remove {other.parts}" in str(error.value)
+    # also where only a later part is another's
+    Store(tmp_path / "c.parquet", MANIFEST).append([record("q0")])
+    Store(tmp_path / "c.parquet", {**MANIFEST, "policy": "other"}, rank=1).append([record("q1")])
+    for act in (Store.check, lambda store: store.finish(ORDER[:2])):
+        with pytest.raises(UserError, match="policy: the file has 'other'"):
+            act(Store(tmp_path / "c.parquet", MANIFEST))
     finished(tmp_path / "b.parquet", [ORDER])
     with pytest.raises(UserError, match="temperature"):
         read_records(tmp_path / "b.parquet", {**MANIFEST, "sampling": {"temperature": 0.5}})

@@ -166,6 +166,12 @@ class Curriculum:
             gone |= out[name]
         return out
 
+    def last(self, scores: pd.DataFrame | None, size: int) -> np.ndarray:
+        """Return which of `size` questions come after all others, whatever the order [questions]."""
+        if scores is None or self.confident_and_wrong != "last":
+            return np.zeros(size, dtype=bool)
+        return kinds(scores)["confident_and_wrong"]
+
     def cut(self, prompts: Sequence[Prompt], scores: pd.DataFrame | None, seed: int) -> list[np.ndarray]:
         """Return the stages: arrays of question indices in sorted order, ties in a seeded random order.
 
@@ -176,10 +182,7 @@ class Curriculum:
         for chosen in self.dropped(scores).values():
             kept &= ~chosen
         self.check(int(kept.sum()), int((~kept).sum()))
-        last = np.zeros(len(prompts), dtype=bool)
-        if scores is not None and self.confident_and_wrong == "last":
-            last = kinds(scores)["confident_and_wrong"]
-        order = np.lexsort((tie_break(len(prompts), seed), key.round(9), last))
+        order = np.lexsort((tie_break(len(prompts), seed), key.round(9), self.last(scores, len(prompts))))
         return np.array_split(order[kept[order]], self.stages)
 
 

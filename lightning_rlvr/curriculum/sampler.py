@@ -107,6 +107,7 @@ class AdaptiveSampler(CurriculumSampler):
     Args:
         key: what the questions are sorted by at first, ascending [questions].
         tie: settles ties [questions].
+        last: which questions come after all others [questions].
         adaptive: how often, and how much fresh estimates weigh.
     """
 
@@ -122,10 +123,13 @@ class AdaptiveSampler(CurriculumSampler):
         *,
         key: np.ndarray,
         tie: np.ndarray,
+        last: np.ndarray,
         adaptive: Adaptive,
     ) -> None:
         super().__init__(stages, epochs, batch_size, seed, rank, world, start)
-        self.estimate, self._tie, self._adaptive = key.astype(np.float64), tie, adaptive
+        self.estimate, self._adaptive = key.astype(np.float64), adaptive
+        self._tie, self._last = tie, last
+        self._planned = hashlib.sha256(f"{self._planned} {adaptive}".encode()).hexdigest()[:16]
 
     def observe(self, number: int, fresh: Sequence[float]) -> bool:
         """Take fresh estimates of the key of the questions of batch `number`, over all ranks, in its order.
@@ -151,7 +155,7 @@ class AdaptiveSampler(CurriculumSampler):
         visits = Counter(q for batch in rest for q in batch.questions)
         passes = list(dict.fromkeys((batch.stage, batch.epoch) for batch in rest))
         had = {q for b in self.batches[:start] if (b.stage, b.epoch) == passes[0] for q in b.questions}
-        order = [int(q) for q in np.lexsort((self._tie, self.estimate.round(9))) if q in visits]
+        order = [int(q) for q in np.lexsort((self._tie, self.estimate.round(9), self._last)) if q in visits]
         out: list[Batch] = []
         for number, (stage, epoch) in enumerate(passes):
             sizes = [len(b.questions) for b in rest if (b.stage, b.epoch) == (stage, epoch)]

@@ -41,6 +41,7 @@ class Scoring:
         temperature: of the sampling; the policy's own distribution at 1.
         unparsable: whether unparsable answers are a cluster each, or one cluster together. Stored scores are
             recomputed for it, without sampling again.
+        seed: of the sampling.
         prompts_per_batch: questions sampled at a time; changes no score beyond rounding.
         file: scores to use, made by `python -m lightning_rlvr score`; made and cached by itself if not given.
     """
@@ -48,6 +49,7 @@ class Scoring:
     samples: int = 8
     temperature: float = 1.0
     unparsable: Unparsable = "own_cluster_each"
+    seed: int = 1
     prompts_per_batch: int = 32
     file: str | None = None
 
@@ -70,7 +72,6 @@ def score_questions(
     reward: Reward,
     scoring: Scoring,
     max_new_tokens: int,
-    seed: int,
     store: Store,
     done: set[str],
     world: int = 1,
@@ -79,8 +80,9 @@ def score_questions(
 
     Columns: uid, question, gold; the semantic entropy by each estimator (nats), clusters, majority (share of the
     most frequent parsed answer), majority_correct, pass_rate, mean_token_entropy (nats), mean_length (tokens),
-    truncated and unparsable (counts); and the samples themselves: answers (None if unparsable), cluster, correct,
-    logp (summed, nats), length (tokens). Randomness depends on `seed` and the uid alone.
+    truncated and unparsable (counts; unparsable are all without an answer, also where the verifier gave up); and the
+    samples themselves: answers (None if unparsable), cluster, correct, logp (summed, nats), length (tokens).
+    Randomness depends on the seed and the uid alone.
 
     Batches are cut before what is done is left out, and shared out to `world` ranks as they are: so a score does not
     depend on rank or resumption by as much as a rounding.
@@ -94,7 +96,7 @@ def score_questions(
     total = sum(map(len, mine))
     with tqdm(total=total, desc="semantic entropy", unit="question", leave=False, disable=store.rank > 0) as bar:
         for batch in mine:
-            seeds = [seed_of(seed, "score", prompt.uid) for prompt in batch]
+            seeds = [seed_of(scoring.seed, "score", prompt.uid) for prompt in batch]
             rollouts = engine.generate([encode(p.text) for p in batch], seeds, scoring.samples, sampling)
             repeated = [prompt for prompt in batch for _ in range(scoring.samples)]
             verdicts = reward(decode(rollouts), repeated)
@@ -114,7 +116,8 @@ def score_batch(
     """
     samples = len(verdicts) // len(prompts)
     groups = [verdicts[i * samples : (i + 1) * samples] for i in range(len(prompts))]
-    labels = cluster_groups([[v.answer for v in group] for group in groups], reward.equivalent)
+    answers = [[_writable(verdict.answer) for verdict in group] for group in groups]
+    labels = cluster_groups(answers, reward.equivalent)
     logp = rollouts.logp.double().sum(dim=1).view(-1, samples).tolist()
     lengths = rollouts.mask.sum(dim=1).view(-1, samples)
     entropy = rollouts.entropy.double().sum(dim=1).view(-1, samples).sum(dim=1) / lengths.sum(dim=1)
@@ -123,7 +126,7 @@ def score_batch(
     for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
         correct = [verdict.correct for verdict in group]
         drawn: dict[str, Any] = {
-            "answers": [verdict.answer for verdict in group],
+            "answers": answers[i],
             "cluster": labels[i],
             "correct": correct,
             "logp": logp[i],
@@ -144,6 +147,11 @@ def score_batch(
             }
         )
     return records
+
+
+def _writable(answer: str | None) -> str | None:
+    """Replace what UTF-8 cannot write: half a surrogate pair."""
+    return answer if answer is None else answer.encode("utf-8", "replace").decode()
 
 
 def estimates(drawn: dict[str, Any]) -> dict[str, Any]:
@@ -175,11 +183,11 @@ def manifest(
     prompts: Sequence[Prompt],
     encode: Callable[[str], list[int]],
     policy: str,
+    precision: str,
     prompt_format: str,
     reward: str,
     scoring: Scoring,
     max_new_tokens: int,
-    seed: int,
 ) -> dict[str, Any]:
     """Return what the stored scores depend on: equal manifests mean equal scores.
 
@@ -187,13 +195,14 @@ def manifest(
     """
     return {
         "policy": policy,
+        "weights": precision if precision.endswith("-true") and precision != "32-true" else "as loaded",
         "prompt_format": prompt_format,
         "prompt_tokens": _hash([encode(p.text) for p in prompts]),
         "reward": reward,
         "data": _hash([(p.uid, p.text, p.answer) for p in prompts]),
         "questions": len(prompts),
         "max_new_tokens": max_new_tokens,
-        "seed": seed,
+        "seed": scoring.seed,
         "samples": scoring.samples,
         "temperature": scoring.temperature,
         "layout": LAYOUT,
@@ -209,12 +218,10 @@ def cache_path(folder: Path, about: dict[str, Any]) -> Path:
     return folder / f"scores-{_hash(json.dumps(about, sort_keys=True))[:16]}.parquet"
 
 
-def read_scores(
-    path: Path, about: dict[str, Any], unparsable: Unparsable, setting: str = "data.scoring.file"
-) -> pd.DataFrame:
+def read_scores(path: Path, about: dict[str, Any], unparsable: Unparsable, setting: str) -> pd.DataFrame:
     """Read scores made for exactly this manifest, with unparsable answers clustered as asked for.
 
     Raises: UserError if the file is missing or not a score file, or that says what differs from `about`.
     """
-    scores = read_records(path, about, f"{setting}, or null to score")
+    scores = read_records(path, about, setting)
     return scores if unparsable == "own_cluster_each" else recompute(scores, unparsable)

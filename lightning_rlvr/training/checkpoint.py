@@ -9,12 +9,8 @@ from torch import Tensor
 
 from lightning_rlvr.types import UserError
 
-COUNTS = (
-    "rollouts_done",
-    "batches_trained",
-    "objective_state",
-    "reference_moved",
-)  # attributes of the module that are saved
+# Attributes of the module that are saved.
+COUNTS = ("rollouts_done", "batches_trained", "objective_state", "reference_moved")
 
 
 def check_checkpoint(
@@ -23,7 +19,7 @@ def check_checkpoint(
     """Compare a checkpoint with the weights and the objective's state at hand.
 
     Raises: UserError if weights of the policy are missing or have another shape, the checkpoint is not one of ours,
-        or it holds the state of another objective.
+        it holds the state of another objective, or lacks a reference that is no longer the initial policy.
     """
     stored = checkpoint["state_dict"]
     mine = {name: weight for name, weight in weights.items() if name.startswith("policy.")}
@@ -38,4 +34,10 @@ def check_checkpoint(
         raise UserError(
             f"the checkpoint holds the state {checkpoint['objective_state']} of another objective. "
             "Set ckpt_path, or model.objective to the one that it was trained with."
+        )
+    referred = [name for name in weights if name.startswith("reference.")]
+    if checkpoint["reference_moved"] and referred and referred[0] not in stored:
+        raise UserError(
+            "the checkpoint is of a run that restarted at a stage boundary with an objective that reads no reference, "
+            "so the reference that this objective reads is lost. Set ckpt_path, or model.objective."
         )

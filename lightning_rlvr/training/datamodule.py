@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -16,12 +15,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_rlvr.curriculum import AdaptiveSampler, Curriculum, CurriculumSampler, Scoring
-from lightning_rlvr.curriculum import score as scores
 from lightning_rlvr.curriculum.order import tie_break
-from lightning_rlvr.curriculum.report import write_report
 from lightning_rlvr.models.cache import cache_root
-from lightning_rlvr.store import Store
 from lightning_rlvr.training.experience import PromptBatch
+from lightning_rlvr.training.scoring import QuestionScores
 from lightning_rlvr.types import Prompt, Task, UserError
 
 if TYPE_CHECKING:
@@ -55,7 +52,7 @@ class RLVRDataModule(LightningDataModule):
         unjudgeable: whether a question that the reward cannot judge (an unparsable gold answer) is an error or is
             dropped, counted.
         cache_dir: where scores are cached; by default $LIGHTNING_RLVR_CACHE or ~/.cache/lightning_rlvr.
-        seed: of sampling for scores, ties and shuffles.
+        seed: of ties and shuffles.
     """
 
     def __init__(
@@ -139,14 +136,31 @@ class RLVRDataModule(LightningDataModule):
                 "samples. Set data.eval_samples or model.pass_at."
             )
         if stage == "fit":
+            self._check_curriculum(module)
             self.curriculum.check(len(self.questions["train"]))
             if not self.curriculum.orders_by_scores:
                 self.curriculum.key(self.questions["train"], None)
             if self.curriculum.needs_scores and self.scoring.file is not None:
-                self.read_scores(module, Path(self.scoring.file).expanduser(), "data.scoring.file")
+                self.question_scores(module).get(self.cache_dir)
             shared = {p.text for p in self.questions["train"]} & {p.text for p in self.questions.get("val", [])}
             if shared:
                 rank_zero_warn(f"{len(shared)} held-out questions are also training questions: {min(shared)!r}, ...")
+
+    def _check_curriculum(self, module: RLVRModule) -> None:
+        world, scoring, curriculum = self._trainer().world_size, self.scoring, self.curriculum
+        if self.prompts_per_batch < world:
+            raise UserError(
+                f"prompts_per_batch must be at least the number of processes ({world}), got {self.prompts_per_batch}: "
+                "each needs a question. Set data.prompts_per_batch."
+            )
+        stored, fresh = (scoring.samples, scoring.temperature), (self.group_size, module.sampling.temperature)
+        if curriculum.adaptive is not None and curriculum.order != "pass_rate" and stored != fresh:
+            raise UserError(
+                f"an adaptive curriculum compares stored with fresh estimates of entropy, so both need as many samples "
+                f"at the same temperature: scores have {stored[0]} at {stored[1]}, training groups {fresh[0]} at "
+                f"{fresh[1]}. Set data.scoring.samples and data.scoring.temperature to data.group_size and "
+                "model.sampling.temperature."
+            )
 
     def _load_split(self, split: Split, module: RLVRModule) -> list[Prompt]:
         task = self.tasks[split]
@@ -155,6 +169,13 @@ class RLVRDataModule(LightningDataModule):
         prompts = task.load()
         if not prompts:
             raise UserError(f"data.{split} has no questions: nothing could be sampled. Set data.{split}.")
+        counts = Counter(prompt.uid for prompt in prompts)
+        repeated = [uid for uid, count in counts.items() if count > 1]
+        if repeated:
+            raise UserError(
+                f"the uids of questions must differ, but data.{split} has {repeated[0]!r} {counts[repeated[0]]} times: "
+                f"randomness, scores and results are named by them. Set the uids of data.{split}."
+            )
         if self.unjudgeable == "error":
             module.reward.check(prompts)
         else:
@@ -184,65 +205,9 @@ class RLVRDataModule(LightningDataModule):
 
     # --- scores ----------------------------------------------------------------------------------
 
-    def scores(self, module: RLVRModule) -> pd.DataFrame:
-        """Return the scores of the training questions, in their order: from the file named, the cache, or sampling.
-
-        Raises: UserError if the named file was made for another model or other data; it says what differs.
-        """
-        if self.scoring.file is not None:
-            path = Path(self.scoring.file).expanduser()
-        else:
-            path = scores.cache_path(self.cache_dir, self._manifest(module))
-            self.make_scores(module, path, "data.cache_dir")
-        return self.read_scores(module, path, "data.scoring.file")
-
-    def read_scores(self, module: RLVRModule, path: Path, setting: str) -> pd.DataFrame:
-        """Read a score file, in the order of the training questions. Raises: UserError if it is of something else."""
-        table = scores.read_scores(path, self._manifest(module), self.scoring.unparsable, setting)
-        return table.set_index("uid").loc[[prompt.uid for prompt in self.questions["train"]]].reset_index()
-
-    def write_score_report(self, module: RLVRModule, table: pd.DataFrame, path: Path) -> None:
-        """Write a page about the scores, with the stages that the curriculum cuts, if it can."""
-        try:
-            stages = self.curriculum.cut(self.questions["train"], table, self.seed)
-        except UserError as error:
-            rank_zero_warn(f"the report shows no stages: {error}")
-            stages = []
-        write_report(table, self.curriculum, stages, self._manifest(module), path)
-
-    def make_scores(self, module: RLVRModule, path: Path, setting: str) -> None:
-        """Score the training questions that a file still lacks, shared out over all processes.
-
-        What is finished is kept, also if the process is killed: calling it again goes on from there. `setting` is how
-        errors call what led to `path`. Raises: UserError if the file holds scores of something else.
-        """
-        trainer = self._trainer()
-        strategy, prompts = trainer.strategy, self.questions["train"]
-        store = Store(path, self._manifest(module), setting, rank=trainer.global_rank)
-        with store.claim() if trainer.is_global_zero else nullcontext():
-            strategy.barrier("scores claimed")  # another run may have been making the same file
-            store.check()
-            done = store.done()
-            strategy.barrier("scores read")  # before any rank appends
-            if len(done) < len(prompts):
-                with module.clock.part("score"):
-                    scores.score_questions(
-                        prompts,
-                        module.encode,
-                        module.decode,
-                        module.engine,
-                        module.reward,
-                        self.scoring,
-                        module.sampling.max_new_tokens,
-                        self.seed,
-                        store,
-                        done,
-                        trainer.world_size,
-                    )
-            strategy.barrier("scores made")
-            if trainer.is_global_zero:
-                store.finish([prompt.uid for prompt in prompts])
-        strategy.barrier("scores written")
+    def question_scores(self, module: RLVRModule) -> QuestionScores:
+        """Return what makes and reads the scores of the training questions."""
+        return QuestionScores(module, self.questions["train"], self.scoring, self._trainer())
 
     def _trainer(self) -> Trainer:
         if self.trainer is None:
@@ -254,19 +219,6 @@ class RLVRDataModule(LightningDataModule):
 
     def _stage(self) -> str:
         return TrainerFn(self._trainer().state.fn).value
-
-    def _manifest(self, module: RLVRModule) -> dict[str, object]:
-        tokenizer = module.policy_source.tokenizer()
-        return scores.manifest(
-            self.questions["train"],
-            partial(module.prompt_format.encode, tokenizer),
-            module.policy_source.fingerprint(),
-            repr(module.prompt_format),
-            repr(module.reward),
-            self.scoring,
-            module.sampling.max_new_tokens,
-            self.seed,
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the fingerprint of the order, by which a resumed run knows that it continues the same one."""
@@ -282,7 +234,8 @@ class RLVRDataModule(LightningDataModule):
         """Return the batches of the curriculum, from the one after the last that was trained on."""
         module = self._module()
         prompts = self.questions["train"]
-        self.score_table = self.scores(module) if self.curriculum.needs_scores else None
+        needed = self.curriculum.needs_scores
+        self.score_table = self.question_scores(module).get(self.cache_dir) if needed else None
         for name, chosen in self.curriculum.dropped(self.score_table).items():
             rank_zero_info(f"data.curriculum.{name}: dropped {chosen.sum()} of {len(prompts)} questions")
         self.stages = self.curriculum.cut(prompts, self.score_table, self.seed)
@@ -295,6 +248,7 @@ class RLVRDataModule(LightningDataModule):
         self._order = sampler.fingerprint()
         if self._sampler_state:
             sampler.load_state_dict(self._sampler_state)
+            self._sampler_state = {}
         collate = partial(PromptBatch, samples=self.group_size)
         return DataLoader(cast("Dataset[Prompt]", prompts), batch_sampler=sampler, collate_fn=collate)
 
@@ -304,9 +258,14 @@ class RLVRDataModule(LightningDataModule):
         settings = (self.stages, curriculum.passes, self.prompts_per_batch, self.seed, *world, start)
         if curriculum.adaptive is None:
             return CurriculumSampler(*settings)
-        prompts = self.questions["train"]
-        key, tie = curriculum.key(prompts, self.score_table), tie_break(len(prompts), self.seed)
-        return AdaptiveSampler(*settings, key=key, tie=tie, adaptive=curriculum.adaptive)
+        prompts, table = self.questions["train"], self.score_table
+        return AdaptiveSampler(
+            *settings,
+            key=curriculum.key(prompts, table),
+            tie=tie_break(len(prompts), self.seed),
+            last=curriculum.last(table, len(prompts)),
+            adaptive=curriculum.adaptive,
+        )
 
     def val_dataloader(self) -> DataLoader[Prompt] | list[DataLoader[Prompt]]:
         """Return the held-out questions; none if there is no `val`."""

@@ -171,9 +171,9 @@ class RLVRModule(LightningModule):
         parts: list[Any] = [cast(LightningOptimizer, self.optimizers()).optimizer, self.lr_schedulers()]
         for part, fresh in zip(parts, self._fresh, strict=False):  # without a schedule there is one state only
             part.load_state_dict(copy.deepcopy(fresh))
+        self.reference_moved = True
         if self.reference is not None:
             self.reference.load_state_dict(self.policy.state_dict())
-            self.reference_moved = True
 
     @property
     def engine(self) -> Engine:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import lightning
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from rich.console import Console
 
+from lightning_rlvr.curriculum.report import write_report
 from lightning_rlvr.training.datamodule import RLVRDataModule
 from lightning_rlvr.training.module import RLVRModule
+from lightning_rlvr.training.scoring import QuestionScores
 from lightning_rlvr.types import UserError
 
 
@@ -38,7 +41,8 @@ class Trainer(lightning.Trainer):
             raise UserError(f"output must end in .parquet, got {output!r}. Set output.")
         if not os.access(next(p for p in path.absolute().parents if p.exists()), os.W_OK):
             raise UserError(f"{path} cannot be written. Set output to a place that can.")
-        launcher = self.strategy.launcher
+        launcher, before = self.strategy.launcher, signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that children are ended below
         try:
             if launcher is None:
                 self._score(model, datamodule, path, report)
@@ -47,35 +51,47 @@ class Trainer(lightning.Trainer):
         except BaseException:
             if isinstance(launcher, _SubprocessScriptLauncher):
                 launcher.kill(signal.SIGTERM)
+            rank_zero_info("what has been scored is kept: the same command goes on from there")
             raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def _score(self, model: RLVRModule, datamodule: RLVRDataModule, path: Path, report: bool) -> None:
         self.strategy.connect(model)
         self.strategy.setup_environment()
         datamodule.trainer = model.trainer = self
         datamodule.load("score", model)
+        questions = datamodule.question_scores(model)
         if self.local_rank == 0:
             model.prepare_data()
         self.strategy.barrier("policy prepared")
-        model.configure_model()
+        with self.precision_plugin.module_init_context():
+            model.configure_model()
+        self.precision_plugin.convert_module(model)
         model.to(self.strategy.root_device)
         try:
-            datamodule.make_scores(model, path, "output")
+            questions.make(path, "output")
         finally:
             model.reward.close()
             self.strategy.teardown()
-        self._report_scores(model, datamodule, path, report)
+        self._report_scores(datamodule, questions, path, report)
 
     @rank_zero_only
-    def _report_scores(self, model: RLVRModule, datamodule: RLVRDataModule, path: Path, report: bool) -> None:
-        table = datamodule.read_scores(model, path, "output")
-        entropy = table[f"semantic_entropy_{datamodule.curriculum.estimator}"]
-        lines = [
+    def _report_scores(self, datamodule: RLVRDataModule, questions: QuestionScores, path: Path, report: bool) -> None:
+        table, curriculum = questions.read(path, "output"), datamodule.curriculum
+        entropy = table[f"semantic_entropy_{curriculum.estimator}"]
+        screen = Console(markup=False, soft_wrap=True, highlight=False)
+        screen.print(
             f"{len(table)} questions scored: semantic entropy {entropy.mean():.3f} nats on average, "
             f"{(entropy == 0).mean():.0%} agreed, pass rate {table['pass_rate'].mean():.3f}. Written to {path}"
-        ]
-        if report:
-            page = path.with_suffix(".html")
-            datamodule.write_score_report(model, table, page)
-            lines.append(f"report: {page.resolve()}")
-        Console().print(*lines, sep="\n")
+        )
+        if not report:
+            return
+        try:
+            stages = curriculum.cut(questions.prompts, table, datamodule.seed)
+        except UserError as error:
+            rank_zero_warn(f"the report shows no stages: {error}")
+            stages = []
+        page = path.with_suffix(".html")
+        write_report(table, curriculum, stages, questions.about, page)
+        screen.print(f"report: {page.resolve()}")

@@ -150,13 +150,13 @@ def test_stages_may_have_passes_of_their_own():
 # --- AdaptiveSampler -------------------------------------------------------------------------------
 
 
-def adaptive(stages, epochs, batch_size, key, every=2, weight=0.5, seed=0, **where):
+def adaptive(stages, epochs, batch_size, key, every=2, weight=0.5, seed=0, late=(), **where):
     key = np.asarray(key, dtype=float)
     tie = np.random.default_rng(seed).permutation(len(key))
     settings = Adaptive(every, weight)
-    return AdaptiveSampler(
-        stages, [epochs] * len(stages), batch_size, seed, key=key, tie=tie, adaptive=settings, **where
-    )
+    last = np.isin(np.arange(len(key)), late)
+    by = {"key": key, "tie": tie, "last": last, "adaptive": settings}
+    return AdaptiveSampler(stages, [epochs] * len(stages), batch_size, seed, **by, **where)
 
 
 def train(order, rng, until=None):
@@ -275,3 +275,18 @@ def test_ranks_share_the_order_that_they_observe_together():
     assert ranks[0].batches == ranks[1].batches
     for mine, other, batch in zip(*ranks, ranks[0].batches, strict=True):
         assert sorted(mine + other) == sorted(batch.questions)
+
+
+def test_what_comes_last_stays_last():
+    stages = [np.array([4, 5, 6, 7]), np.array([0, 1, 2, 3])]
+    order = adaptive(stages, 2, 4, np.arange(8), every=1, late=(0, 1, 2, 3))
+    for number in range(len(order)):
+        order.observe(number, order.estimate[order.batch(number).questions].tolist())
+    assert [set(order.batch(n).questions) for n in range(4)] == [{4, 5, 6, 7}] * 2 + [{0, 1, 2, 3}] * 2
+
+
+def test_another_way_to_adapt_is_another_order():
+    stages = [np.arange(4), np.arange(4, 8)]
+    plain = CurriculumSampler(stages, [2, 2], 4, 0).fingerprint()
+    one, two = (adaptive(stages, 2, 4, np.arange(8), every=every).fingerprint() for every in (1, 2))
+    assert len({plain, one, two}) == 3

@@ -93,9 +93,8 @@ def run(tmp_path_factory):
             decode,
             engine,
             reward or VowelsUpToThree(),
-            scoring,
+            replace(scoring, seed=seed),
             MAX_NEW_TOKENS,
-            seed,
             store,
             done,
             world,
@@ -314,8 +313,8 @@ def about(**changes):
         "policy": "tiny",
         "prompt_format": "PromptFormat()",
         "reward": "ManyVowels()",
+        "precision": "32-true",
         "max_new_tokens": MAX_NEW_TOKENS,
-        "seed": 0,
     }
     encode = changes.pop("encode", lambda text: [ord(c) for c in text])
     return manifest(prompts, encode, scoring=scoring, **{**settings, **changes})
@@ -326,7 +325,8 @@ DIFFERENT = [
     {"prompt_format": "PromptFormat(system='a')"},
     {"reward": "Exact()"},
     {"max_new_tokens": 11},
-    {"seed": 1},
+    {"scoring": replace(SCORING, seed=2)},
+    {"precision": "bf16-true"},
     {"scoring": replace(SCORING, samples=6)},
     {"scoring": replace(SCORING, temperature=0.9)},
     {"encode": lambda text: [ord(c) + 1 for c in text]},
@@ -363,8 +363,8 @@ def write(scores, path, manifest):
 def test_round_trip(tmp_path, scores):
     path = tmp_path / "deep" / "down" / "scores.parquet"
     write(scores, path, about())
-    pd.testing.assert_frame_equal(lists(read_scores(path, about(), "own_cluster_each")), scores)
-    one = read_scores(path, about(), "one_cluster")
+    pd.testing.assert_frame_equal(lists(read_scores(path, about(), "own_cluster_each", "data.scoring.file")), scores)
+    one = read_scores(path, about(), "one_cluster", "data.scoring.file")
     pd.testing.assert_frame_equal(one, recompute(scores, "one_cluster"))
 
 
@@ -381,7 +381,7 @@ def test_scores_of_something_else_are_refused_and_the_difference_is_named(tmp_pa
     write(scores, path, about())
     wanted = about(**changes)
     with pytest.raises(UserError, match="made for something else") as caught:
-        read_scores(path, wanted, "own_cluster_each")
+        read_scores(path, wanted, "own_cluster_each", "data.scoring.file")
     lines = [line.strip() for line in str(caught.value).splitlines()[1:-1]]
     stored = about()
     assert lines == [
@@ -395,7 +395,7 @@ def test_a_parquet_file_that_holds_no_scores_is_refused(tmp_path):
     path = tmp_path / "other.parquet"
     pq.write_table(pa.table({"a": np.arange(3)}), path)
     with pytest.raises(UserError, match=r"cannot read .*other\.parquet"):
-        read_scores(path, about(), "own_cluster_each")
+        read_scores(path, about(), "own_cluster_each", "data.scoring.file")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"uid,score\n1,2\n", b"PAR1 nothing else PAR1"])
@@ -403,5 +403,17 @@ def test_what_is_missing_or_no_parquet_file_is_refused(tmp_path, content):
     path = tmp_path / "scores.parquet"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=r"cannot read .*scores\.parquet.*Set data\.scoring\.file, or null"):
-        read_scores(path, about(), "own_cluster_each")
+    with pytest.raises(UserError, match=r"cannot read .*scores\.parquet.*Set data\.scoring\.file"):
+        read_scores(path, about(), "own_cluster_each", "data.scoring.file")
+
+
+def test_mixed_precision_scores_with_the_weights_as_they_are():
+    assert about(precision="bf16-mixed") == about(precision="32-true") == about()
+
+
+def test_an_answer_that_utf8_cannot_write_is_scored(run):
+    class Half(ManyVowels):
+        def _judge(self, text):
+            return Verdict(0.0, Status.WRONG, "\ud800")
+
+    assert run(reward=Half())["answers"].tolist() == [["?"] * 5] * 7

@@ -6,11 +6,12 @@ import signal
 import pandas as pd
 import pytest
 import torch
-from support import arguments, command_line
+from support import ROOT, arguments, command_line
 
 MORTAL = {"model__reward": "support.Mortal", "data__prompts_per_batch": 4}
 TWO = {"trainer__devices": 2, "trainer__strategy": "ddp"}
 THREE_STAGES = {
+    "data__scoring__samples": 4,
     "data__curriculum__stages": 3,
     "data__curriculum__epochs": 2,
     "data__curriculum__adaptive": "{every: 1, weight: 0.5}",
@@ -129,3 +130,51 @@ def test_what_filters_drop_is_counted(cli, tmp_path):
     assert about["dropped"]["all_wrong"] == 16 - len(trained)
     assert 0 < about["dropped"]["all_wrong"] < 16
     assert set(about["stages"][0]) == trained
+
+
+def test_a_run_resumed_without_its_scores_makes_those_of_the_initial_policy_again(tmp_path, monkeypatch, cache):
+    from lightning_rlvr.cli import main
+
+    monkeypatch.setenv("LIGHTNING_RLVR_CACHE", str(cache))
+    here = {"data__cache_dir": tmp_path / "scores", "data__val": "null", **MORTAL}
+    main(arguments("fit", tmp_path / "whole", **here, checkpoint__save_top_k=-1))
+    (file,) = (tmp_path / "scores").glob("*.parquet")
+    whole = file.read_bytes()
+    file.unlink()
+    middle = next((tmp_path / "whole" / "checkpoints").glob("*step=2.ckpt"))
+    main(arguments("fit", tmp_path / "rest", **here, ckpt_path=middle))
+    assert file.read_bytes() == whole
+    assert order(tmp_path / "whole")[2:] == order(tmp_path / "rest")
+
+
+def test_scores_that_are_there_need_no_folder_to_write_to(cli, tmp_path, monkeypatch):
+    settings = {"data__cache_dir": tmp_path / "scores", "trainer__max_steps": 1, **MORTAL}
+    cli("fit", tmp_path / "first", **settings)
+
+    def refuse(store):
+        raise AssertionError("the file is there already")
+
+    monkeypatch.setattr("lightning_rlvr.store.Store.try_claim", refuse)
+    cli("fit", tmp_path / "second", **settings)
+
+
+def test_adaptive_or_not_is_part_of_the_order_that_a_resumed_run_continues(cli, tmp_path, capsys):
+    settings = {"data__curriculum__epochs": 2, "data__curriculum__order": "pass_rate", "data__val": "null", **MORTAL}
+    adaptive = {"data__curriculum__adaptive": "{every: 1}"}
+    run = cli("fit", tmp_path / "adaptive", trainer__max_steps=2, **settings, **adaptive)
+    with pytest.raises(SystemExit, match="2"):
+        cli("fit", tmp_path / "plain", **settings, ckpt_path=run / "checkpoints" / "last.ckpt")
+    assert "another order of questions" in capsys.readouterr().err
+
+
+def test_a_reference_that_moved_but_was_not_kept_is_missed(cli, tmp_path, capsys):
+    settings = {
+        "data__curriculum__order": "shuffled",
+        "data__curriculum__at_boundary": "restart",
+        "data__prompts_per_batch": 8,
+        "data__val": "null",
+    }
+    grpo = cli("fit", tmp_path / "grpo", ROOT / "configs/objectives/grpo.yaml", **settings)
+    with pytest.raises(SystemExit, match="2"):
+        cli("fit", tmp_path / "sent", **settings, ckpt_path=grpo / "checkpoints" / "last.ckpt")
+    assert "the reference that this objective reads is lost" in capsys.readouterr().err

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_rlvr.curriculum import AdaptiveSampler
-from lightning_rlvr.curriculum.score import score_batch
+from lightning_rlvr.curriculum.score import recompute, score_batch
 from lightning_rlvr.training.datamodule import datamodule_of
 from lightning_rlvr.training.distributed import gather_shares
 from lightning_rlvr.training.experience import Experience, PromptBatch, StepObserver
@@ -29,9 +30,14 @@ class AdaptiveOrder(StepObserver):
         sampler = module.sampler
         if not isinstance(sampler, AdaptiveSampler):
             return
-        curriculum = datamodule_of(module.trainer).curriculum
-        scores = pd.DataFrame(score_batch(batch.prompts, experience.rollouts, experience.verdicts, module.reward))
-        if curriculum.order != "pass_rate":
+        datamodule = datamodule_of(module.trainer)
+        curriculum, samples = datamodule.curriculum, batch.samples
+        if curriculum.order == "pass_rate":
+            correct = np.array([verdict.correct for verdict in experience.verdicts]).reshape(-1, samples)
+            scores = pd.DataFrame({"pass_rate": correct.mean(axis=1)})
+        else:
+            records = score_batch(batch.prompts, experience.rollouts, experience.verdicts, module.reward)
+            scores = recompute(pd.DataFrame(records), datamodule.scoring.unparsable)
             entropy = float(scores[f"semantic_entropy_{curriculum.estimator}"].mean())
             module.log("train/semantic_entropy", entropy, batch_size=1, sync_dist=True)
         fresh = gather_shares(curriculum.key(batch.prompts, scores).tolist())
