@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning import Callback, LightningModule
@@ -15,12 +15,12 @@ from torch import Tensor
 from lightning_rlvr.curriculum import CurriculumSampler
 from lightning_rlvr.metrics import EvaluationMetrics
 from lightning_rlvr.models import PolicySource, PromptFormat
-from lightning_rlvr.models.forward import response_logp
+from lightning_rlvr.models.forward import batch_logp, micro_batches
 from lightning_rlvr.ops.advantages import group_advantages
 from lightning_rlvr.rollout import TransformersEngine, seed_of
 from lightning_rlvr.training.checkpoint import COUNTS, check_checkpoint
 from lightning_rlvr.training.clock import Clock
-from lightning_rlvr.training.distributed import gather_stats, reduce_ratios, world_size
+from lightning_rlvr.training.distributed import all_ranks, gather_stats, reduce_ratios, world_size
 from lightning_rlvr.training.dynamic_sampling import GroupBuffer
 from lightning_rlvr.training.experience import Experience, PromptBatch, StepObserver, StepRecord, describe
 from lightning_rlvr.training.update import update_policy
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+RECORDING_TOLERANCE = 1e-4  # nats: how far a token's recorded values may lie from recomputed ones to stand for them
+
+
 class RLVRModule(LightningModule):
     """A policy trained with verifiable rewards against a frozen reference.
 
@@ -58,7 +61,11 @@ class RLVRModule(LightningModule):
         optimizer, lr_scheduler: called with the policy's parameters, and with the optimizer; the schedule
             steps with the optimizer.
         updates_per_rollout: optimizer steps on one rollout batch, on disjoint questions.
-        micro_batch_size: rows in a forward and backward pass; changes memory and speed only.
+        micro_batch_size: rows of the greatest length in a forward and backward pass; shorter ones fill it by their
+            tokens, a prompt counting once for its responses. It changes memory and speed only.
+        recompute_logp: whether the log-probabilities and entropies of a rollout batch are computed anew for its
+            statistics, or those are taken that were recorded while sampling. auto computes them for the first rollout
+            batch and takes the recorded ones, then too, if no token's differ by more than 1e-4 nats.
         rollout_rows: rows decoded at a time; changes memory and speed only.
         dynamic_sampling: if not 0, groups whose rewards are all equal are replaced by groups of the next questions,
             from at most that many rollout batches for one update (DAPO).
@@ -86,6 +93,7 @@ class RLVRModule(LightningModule):
         micro_batch_size: int = 32,
         rollout_rows: int = 256,
         max_grad_norm: float | None = 1.0,
+        recompute_logp: bool | Literal["auto"] = "auto",
         dynamic_sampling: int = 0,
         pass_at: list[int] = [8],  # noqa: B006 - never changed
         seed: int = 1,
@@ -128,6 +136,8 @@ class RLVRModule(LightningModule):
         self.groups = GroupBuffer(dynamic_sampling) if dynamic_sampling else None
         self.batches_trained = 0  # fewer than rollouts_done with dynamic sampling
         self.objective_state = objective.initial_state()
+        self.recompute_logp = recompute_logp
+        self._recording_agrees: bool | None = None  # with a recomputation, once that is known
         self.clock = Clock()
         self._logged_seconds: dict[str, float] = {}
         self.val_metrics, self.test_metrics = EvaluationMetrics(pass_at), EvaluationMetrics(pass_at)
@@ -197,7 +207,7 @@ class RLVRModule(LightningModule):
                 stats = self.token_statistics(experience, batch.samples)
                 plan = self.plan(stats)
             with self.clock.part("reference"):
-                ref_logp = self.reference_logp(experience.rollouts)
+                ref_logp = self.reference_logp(experience.rollouts, stats.update)
             self.batches_trained += 1
             record = StepRecord(experience, stats, plan, ref_logp, batch.samples, self.batches_trained)
             callbacks: list[Callback] = getattr(self.trainer, "callbacks")  # noqa: B009 - set where types do not see it
@@ -229,27 +239,36 @@ class RLVRModule(LightningModule):
         ids = [seed_of(seed, number) for seed in seeds for number in range(batch.samples)]
         return Experience(repeated, rollouts, responses, verdicts, ids)
 
-    @torch.no_grad()
     def token_statistics(self, experience: Experience, group_size: int) -> TokenStats:
-        """Measure entropy, log-probability and advantage of every token of this rank's rows, detached."""
+        """Give entropy, log-probability and advantage of every token of this rank's rows, detached."""
         rollouts = experience.rollouts
-        parts = [
-            response_logp(self.policy, rollouts.rows(rows), self.sampling.temperature, with_entropy=True)
-            for rows in self._micro_batches(len(rollouts.mask))
-        ]
-        logp = torch.cat([part.logp for part in parts])
-        scores = logp.new_tensor([verdict.score for verdict in experience.verdicts]).view(-1, group_size)
-        questions = len(scores)
+        questions = len(experience.verdicts) // group_size
         updates = min(self.updates_per_rollout, questions)
-        update = torch.arange(questions, device=logp.device) * updates // questions
+        update = (torch.arange(questions, device=self.device) * updates // questions).repeat_interleave(group_size)
+        logp, entropy = self._token_values(rollouts, update)
+        scores = logp.new_tensor([verdict.score for verdict in experience.verdicts]).view(-1, group_size)
         return TokenStats(
             logp=logp,
-            entropy=torch.cat([part.entropy for part in parts if part.entropy is not None]),
+            entropy=entropy,
             advantage=group_advantages(scores, self.objective.scale_by_std).flatten(),
             mask=rollouts.mask,
             row_id=torch.tensor(experience.ids, device=logp.device),
-            update=update.repeat_interleave(group_size),
+            update=update,
         )
+
+    @torch.no_grad()
+    def _token_values(self, rollouts: Rollouts, update: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-probability and entropy of each token [N, T], recorded or computed anew."""
+        recorded = rollouts.logp, rollouts.entropy
+        if self.recompute_logp is False or (self.recompute_logp == "auto" and self._recording_agrees):
+            return recorded
+        parts = self._micro_batches(rollouts, update)
+        logp, entropy, _ = batch_logp(self.policy, rollouts, self.sampling.temperature, parts, with_entropy=True)
+        assert entropy is not None
+        if self._recording_agrees is None:
+            gap = torch.stack([(logp - recorded[0]).abs().max(), (entropy - recorded[1]).abs().max()]).max()
+            self._recording_agrees = all_ranks(bool(gap <= RECORDING_TOLERANCE))
+        return recorded if self.recompute_logp == "auto" and self._recording_agrees else (logp, entropy)
 
     def plan(self, stats: TokenStats) -> TokenPlan:
         """Let the objective decide over the rollout batch of all ranks; return its plan for this rank's rows.
@@ -260,17 +279,21 @@ class RLVRModule(LightningModule):
         self.objective_state = self.objective.next_state(self.objective_state, whole)
         return self.objective.plan(whole).rows(mine).width(stats.mask.shape[1])
 
-    @torch.no_grad()
-    def reference_logp(self, rollouts: Rollouts) -> Tensor | None:
-        """Return log-probabilities under the frozen reference [N, T], or None if the objective reads none."""
+    def reference_logp(self, rollouts: Rollouts, update: Tensor) -> Tensor | None:
+        """Return log-probabilities under the frozen reference [N, T], or None if the objective reads none.
+
+        Each row is computed with the rows beside which it is trained: a policy that is its reference equals it to the
+        bit, and the KL has no gradient.
+        """
         if not self.objective.needs_reference or self.reference is None:
             return None
-        micro_batches = self._micro_batches(len(rollouts.mask))
-        temperature = self.sampling.temperature
-        return torch.cat([response_logp(self.reference, rollouts.rows(r), temperature).logp for r in micro_batches])
+        parts = self._micro_batches(rollouts, update)
+        return batch_logp(self.reference, rollouts, self.sampling.temperature, parts).logp
 
-    def _micro_batches(self, rows: int) -> tuple[Tensor, ...]:
-        return torch.arange(rows, device=self.device).split(self.micro_batch_size)
+    def _micro_batches(self, rollouts: Rollouts, update: Tensor) -> list[Tensor]:
+        """Cut the rows of each optimizer step into micro-batches."""
+        steps = [(update == number).nonzero().squeeze(-1) for number in range(int(update.max()) + 1)]
+        return [part for rows in steps for part in micro_batches(self.policy, rollouts, rows, self.micro_batch_size)]
 
     def log_training(self, metrics: Mapping[str, float], spent: Mapping[str, float], tokens: int) -> None:
         """Log one step: metrics under train/, seconds by part under seconds/."""
