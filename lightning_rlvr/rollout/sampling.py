@@ -9,8 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_rlvr.ops.logprob import entropy, log_softmax, token_logp
+from lightning_rlvr.ops.logprob import log_softmax
 from lightning_rlvr.types import Sampling
+
+CHUNK = 256  # tokens of the vocabulary whose probabilities are summed before they are cumulated
+BLOCK = 1 << 19  # logits worked on at a time on a CPU
 
 
 class Draw(NamedTuple):
@@ -49,12 +52,53 @@ def draw(logits: Float[Tensor, "R V"], uniform: Float[Tensor, " R"], sampling: S
     if sampling.temperature == 0:
         zero = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
         return Draw(logits.argmax(dim=-1), zero, zero)
-    logp = truncate(log_softmax(logits, sampling.temperature), sampling.top_k, sampling.top_p)
-    # In float64 u * total stays below total, so the first entry above it exists and has probability.
-    cumulative = logp.double().exp().cumsum(dim=-1)
-    target = uniform.clamp(max=1 - 1e-12) * cumulative[:, -1]
-    token = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1)
-    return Draw(token, token_logp(logp, token), entropy(logp))
+    if sampling.top_p < 1 or 0 < sampling.top_k < logits.shape[-1]:
+        logits = truncate(log_softmax(logits, sampling.temperature), sampling.top_k, sampling.top_p)
+        temperature = 1.0
+    else:
+        temperature = sampling.temperature
+    # On a CPU a few rows at a time stay in its cache through all passes over them.
+    rows = max(1, BLOCK // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    parts = [_invert(x, u, temperature) for x, u in zip(logits.split(rows), uniform.split(rows), strict=True)]
+    return Draw(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _invert(logits: Float[Tensor, "R V"], uniform: Float[Tensor, " R"], temperature: float) -> Draw:
+    """Find the token at which the cumulative distribution passes `uniform`: first its chunk, then it.
+
+    Only sums of chunks, and the elements of one chunk a row, are cumulated in float64.
+    """
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    vocabulary, chunks = logits.shape[-1], -(-logits.shape[-1] // CHUNK)
+    z = logits.to(wide) - logits.amax(dim=-1, keepdim=True)
+    if temperature != 1.0:
+        z /= temperature
+    z.clamp_(min=torch.finfo(wide).min)  # a probability of 0 then adds 0 to the entropy, not nan
+    weight = z.new_empty(len(z), chunks * CHUNK)
+    weight[:, vocabulary:] = 0
+    torch.exp(z, out=weight[:, :vocabulary])
+    weight = weight.view(len(z), chunks, CHUNK)
+
+    by_chunk = weight.sum(dim=-1).double().cumsum(dim=-1)
+    total = by_chunk[:, -1:]
+    chunk, share = _passed(by_chunk, uniform[:, None])
+    within = weight.gather(1, chunk[:, :, None].expand(-1, 1, CHUNK)).squeeze(1).double().cumsum(dim=-1)
+    token = chunk * CHUNK + _passed(within, share)[0]
+
+    logp = z.gather(-1, token) - total.log().to(wide)
+    z *= weight.view(len(z), -1)[:, :vocabulary]
+    entropy = total.log() - z.sum(dim=-1, keepdim=True) / total
+    return Draw(token.squeeze(-1), logp.squeeze(-1), entropy.squeeze(-1).to(wide))
+
+
+def _passed(cumulative: Float[Tensor, "R C"], share: Float[Tensor, "R 1"]) -> tuple[Tensor, Tensor]:
+    """Return the first entry above `share` of the total, and which share of that entry lies below it."""
+    # In float64 share * total stays below total, so the first entry above it exists and has weight.
+    target = share.clamp(max=1 - 1e-12) * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True)
+    above = cumulative.gather(-1, index)
+    before = cumulative.gather(-1, (index - 1).clamp(min=0)).where(index > 0, 0.0)
+    return index, ((target - before) / (above - before)).clamp(0, 1)
 
 
 def truncate(logp: Float[Tensor, "R V"], top_k: int, top_p: float) -> Float[Tensor, "R V"]:

@@ -9,18 +9,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lightning_rlvr.rollout.batch import concatenate
+from lightning_rlvr.rollout.decoder import Decoder, DynamicDecoder
 from lightning_rlvr.rollout.sampling import draw, uniforms
 from lightning_rlvr.types import Engine, Rollouts, Sampling
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 class TransformersEngine(Engine):
     """Samples with a causal language model of transformers.
 
-    A prompt is read once and its cache shared among its responses; rows that have ended leave the batch.
+    A prompt is read once for all its responses. Rows that have ended leave the batch, and where there are more
+    prompts than fit, the next ones take their place, longest prompts first.
 
     Args:
         model: the policy; it is used where it is and put back into its mode.
@@ -35,89 +36,114 @@ class TransformersEngine(Engine):
         self.model, self.pad_id, self.max_rows = model, pad_id, max_rows
         self.eos_ids = torch.tensor(sorted(set(eos_ids)))
 
-    @torch.no_grad()
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], samples: int, sampling: Sampling
     ) -> Rollouts:
         """Sample `samples` responses to each prompt: see Engine.generate."""
         if len(seeds) != len(prompts) or samples < 1:
             raise ValueError(f"got {len(prompts)} prompts, {len(seeds)} seeds and {samples} samples for each prompt")
-        prompt_ids, prompt_mask = left_pad(prompts, self.pad_id)
-        random = torch.stack([uniforms(seed, samples, sampling.max_new_tokens) for seed in seeds])
-        per_chunk = max(1, self.max_rows // samples)
+        device = self.model.device
+        prompt_ids, prompt_mask = (x.to(device) for x in left_pad(prompts, self.pad_id))
+        random = torch.cat([uniforms(seed, samples, sampling.max_new_tokens) for seed in seeds]).to(device)
+        batch = _Batch(prompt_ids, prompt_mask, samples, random, sampling)
         was_training = self.model.training
         self.model.eval()
         try:
-            chunks = [
-                self._decode(
-                    prompt_ids[i : i + per_chunk], prompt_mask[i : i + per_chunk], random[i : i + per_chunk], sampling
-                )
-                for i in range(0, len(prompts), per_chunk)
-            ]
+            with torch.inference_mode():
+                self._decode(batch)
         finally:
             self.model.train(was_training)
-        return concatenate(chunks)
+        return batch.rollouts(self.pad_id, torch.float64 if self.model.dtype == torch.float64 else torch.float32)
 
-    def _decode(
+    def _decode(self, batch: _Batch) -> None:
+        from lightning_rlvr.rollout.shared_prefix import NotPlainError, SharedPrefixDecoder
+
+        groups = min(len(batch.prompt_ids), max(1, self.max_rows // batch.samples))
+        if SharedPrefixDecoder.supports(self.model):
+            limit = batch.sampling.max_new_tokens
+            try:
+                return self._run(SharedPrefixDecoder(self.model, groups, batch.samples, limit), batch, groups)
+            except NotPlainError:
+                pass  # nothing of the model is changed, and all that was sampled is sampled again
+        return self._run(DynamicDecoder(self.model), batch, groups)
+
+    def _run(self, decoder: Decoder, batch: _Batch, groups: int) -> None:
+        """Work off all prompts, at most `groups` at a time."""
+        waiting = batch.prompt_mask.sum(dim=1).argsort(descending=True, stable=True)
+        row = batch.random.new_zeros(0, dtype=torch.long)  # in the batch, of each response in the making
+        length, logits = row, None  # of each so far; of its next token
+        while True:
+            room = groups - -(-len(row) // batch.samples)
+            if len(waiting) and room and (decoder.joins or not len(row)):
+                coming, waiting = waiting[:room], waiting[room:]
+                first = batch.read(decoder, coming).repeat_interleave(batch.samples, dim=0)
+                logits = torch.cat([logits, first]) if len(row) else first
+                new = coming[:, None] * batch.samples + torch.arange(batch.samples, device=row.device)
+                row, length = torch.cat([row, new.flatten()]), torch.cat([length, torch.zeros_like(new).flatten()])
+            token = batch.sample(logits, row, length)
+            length = length + 1
+            ended = self._ends(token, row, length)
+            alive = ~ended & (length < batch.sampling.max_new_tokens)
+            batch.truncated[row] = ~ended
+            flags = alive.tolist()
+            if not all(flags):
+                order = torch.tensor(decoder.keep(flags), dtype=torch.long, device=row.device)
+                row, length, token = row[order], length[order], token[order]
+            if len(row):
+                logits = decoder.step(token)
+            elif not len(waiting):
+                return
+
+    def _ends(self, token: Int[Tensor, " R"], row: Int[Tensor, " R"], length: Int[Tensor, " R"]) -> Bool[Tensor, " R"]:
+        """Say which responses end with this token; `row` is their place in the batch, `length` theirs so far."""
+        return torch.isin(token, self.eos_ids.to(token.device))
+
+
+class _Batch:
+    """Prompts with the randomness of their responses, and what has been sampled."""
+
+    def __init__(
         self,
         prompt_ids: Int[Tensor, "B P"],
         prompt_mask: Bool[Tensor, "B P"],
-        random: Float[Tensor, "B G T"],
+        samples: int,
+        random: Float[Tensor, "N T"],
         sampling: Sampling,
-    ) -> Rollouts:
-        device, eos_ids = self.model.device, self.eos_ids.to(self.model.device)
-        samples, random = random.shape[1], random.flatten(0, 1).to(device)
-        ids = torch.full(random.shape, self.pad_id, device=device)
-        mask = torch.zeros(random.shape, dtype=torch.bool, device=device)
-        width = torch.float64 if self.model.dtype == torch.float64 else torch.float32
-        logp, entropy = (torch.zeros(random.shape, dtype=width, device=device) for _ in range(2))
+    ) -> None:
+        self.prompt_ids, self.prompt_mask = prompt_ids, prompt_mask
+        self.samples, self.random, self.sampling = samples, random, sampling
+        self.ids = torch.zeros_like(random, dtype=torch.long)
+        self.logp, self.entropy = torch.zeros_like(random), torch.zeros_like(random)
+        self.length = torch.zeros(len(random), dtype=torch.long, device=random.device)
+        self.truncated = torch.zeros(len(random), dtype=torch.bool, device=random.device)
 
-        logits, cache = self._prefill(prompt_ids.to(device), prompt_mask.to(device), samples)
-        seen = prompt_mask.to(device).repeat_interleave(samples, dim=0)
-        rows = torch.arange(len(random), device=device)  # the rows still in the batch
-        alive = torch.ones_like(rows, dtype=torch.bool)  # those among them that have not ended
-        for t in range(sampling.max_new_tokens):
-            token, *statistics = draw(logits, random[rows, t], sampling)
-            live = rows[alive]
-            ids[live, t], mask[live, t] = token[alive], True
-            for out, value in zip((logp, entropy), statistics, strict=True):
-                out[live, t] = value[alive].to(out.dtype)
-            alive = alive & ~torch.isin(token, eos_ids)
-            if not alive.any() or t + 1 == sampling.max_new_tokens:
-                break
-            if alive.sum() <= 0.75 * len(rows):  # to drop rows is to copy the cache, so not for each of them
-                rows, token, seen = rows[alive], token[alive], seen[alive]
-                cache.batch_select_indices(alive.nonzero().squeeze(-1))
-                alive = alive[alive]
-            seen = torch.cat([seen, seen.new_ones(len(rows), 1)], dim=1)
-            logits = self._forward(token[:, None], seen, cache)
-        truncated = torch.zeros(len(random), dtype=torch.bool, device=device)
-        truncated[rows[alive]] = True
-        prompt_ids, prompt_mask = (x.to(device).repeat_interleave(samples, dim=0) for x in (prompt_ids, prompt_mask))
-        used = slice(0, t + 1)
+    def read(self, decoder: Decoder, prompts: Int[Tensor, " b"]) -> Float[Tensor, "b V"]:
+        """Read some of the prompts, without the padding that is common to them."""
+        width = int(self.prompt_mask[prompts].sum(dim=1).max())
+        return decoder.read(self.prompt_ids[prompts, -width:], self.prompt_mask[prompts, -width:], self.samples)
+
+    def sample(self, logits: Float[Tensor, "R V"], row: Int[Tensor, " R"], at: Int[Tensor, " R"]) -> Int[Tensor, " R"]:
+        """Draw and record the token of some rows at position `at`."""
+        drawn = draw(logits, self.random[row, at], self.sampling)
+        for out, values in zip((self.ids, self.logp, self.entropy), drawn, strict=True):
+            out[row, at] = values.to(out.dtype)
+        self.length[row] = at + 1
+        return drawn.token
+
+    def rollouts(self, pad_id: int, wide: torch.dtype) -> Rollouts:
+        """Return all that was sampled."""
+        width = int(self.length.max())
+        mask = torch.arange(width, device=self.length.device) < self.length[:, None]
+        prompt_ids, prompt_mask = (x.repeat_interleave(self.samples, 0) for x in (self.prompt_ids, self.prompt_mask))
         return Rollouts(
-            prompt_ids, prompt_mask, ids[:, used], mask[:, used], logp[:, used], entropy[:, used], truncated
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            response_ids=self.ids[:, :width].masked_fill(~mask, pad_id),
+            mask=mask,
+            logp=self.logp[:, :width].to(wide),
+            entropy=self.entropy[:, :width].to(wide),
+            truncated=self.truncated,
         )
-
-    def _prefill(self, prompt_ids: Tensor, prompt_mask: Tensor, samples: int) -> tuple[Tensor, DynamicCache]:
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=self.model.config)
-        logits = self._forward(prompt_ids, prompt_mask, cache)
-        cache.batch_repeat_interleave(samples)
-        return logits.repeat_interleave(samples, dim=0), cache
-
-    def _forward(self, ids: Tensor, seen: Tensor, cache: DynamicCache) -> Tensor:
-        positions = (seen.long().cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        output = self.model(
-            input_ids=ids,
-            attention_mask=seen.long(),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1]
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:

@@ -1,0 +1,303 @@
+"""A decoder that holds the keys and values of a prompt once for all its responses, and copies nothing as they grow.
+
+The softmax over a prompt and a response is taken over both together; only the products with keys and values are made
+apart: those of a prompt with the queries of all its rows at a time, those of responses row by row. Keys carry their
+position (rotary embeddings are applied before they are cached), so their order in memory is free: responses lie in a
+ring of as many columns as a response can have tokens, in which all rows write the same column at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+from lightning_rlvr.rollout.decoder import Decoder, read_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "lightning_rlvr_shared_prefix"
+LAYER = "shared_prefix_layer"  # attribute of the keys and values that a layer hands to its attention
+BEYOND_SOFTMAX = ("position_bias", "sliding_window", "softcap", "s_aux", "cache")
+
+
+class NotPlainError(Exception):
+    """The model's attention is not softmax(query @ keys) @ values over all that it has seen."""
+
+
+class SharedPrefixDecoder(Decoder):
+    """For models that have `supports`. The longest prompts must be read first.
+
+    Args:
+        model: in evaluation mode.
+        groups: the most prompts at a time.
+        samples: rows of a prompt.
+        limit: the most tokens of a response.
+
+    Raises: NotPlainError in the first `step` if a layer's attention is not plain after all.
+    """
+
+    joins = True
+
+    def __init__(self, model: PreTrainedModel, groups: int, samples: int, limit: int) -> None:
+        self.model, self.samples, self.limit, self.capacity = model, samples, limit, groups
+        self.layout = Layout(model.device)
+        self.layers: list[SharedPrefixLayer] = []
+
+    @staticmethod
+    def supports(model: PreTrainedModel) -> bool:
+        """Say whether the model lets its attention be replaced and caches all keys of all layers, by its config."""
+        config = model.config
+        return (
+            bool(getattr(model, "_supports_attention_backend", False))
+            and config._attn_implementation == "sdpa"
+            and not config.sub_configs
+            and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+        )
+
+    def read(self, ids: Int[Tensor, "B P"], mask: Bool[Tensor, "B P"], samples: int) -> Float[Tensor, "B V"]:
+        """Append rows, as long as there is room for groups."""
+        logits, cache = read_prompts(self.model, ids, mask)
+        layout, lengths = self.layout, mask.sum(dim=1).tolist()
+        if not self.layers:
+            self.layers = [SharedPrefixLayer(layout) for _ in cache.layers]
+            self.cache = Cache(layers=self.layers)
+            layout.width = ids.shape[1]
+            columns = layout.width + self.limit
+            layout.bias = logits.new_zeros(self.capacity * samples, columns, dtype=self.model.dtype)
+            layout.position = mask.new_zeros(self.capacity * samples, 1, dtype=torch.long)
+        for layer, source in zip(self.layers, cache.layers, strict=True):
+            layer.load(source.keys, source.values, len(layout.bias), self.limit)
+        layout.append(mask, lengths, samples)
+        return logits
+
+    def step(self, token: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
+        """Pass a token of each row through the model, with its attention replaced."""
+        layout, config = self.layout, self.model.config
+        layout.open_column(self.limit)
+        before = config._attn_implementation
+        config._attn_implementation = NAME
+        try:
+            output = self.model(
+                input_ids=token[:, None],
+                attention_mask=layout.mask,
+                position_ids=layout.position[: len(token)],
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        finally:
+            config._attn_implementation = before
+        if layout.attended != len(self.layers):
+            raise NotPlainError(f"{layout.attended} of {len(self.layers)} layers asked for attention")
+        layout.close_column()
+        return output.logits[:, -1]
+
+    def keep(self, alive: Sequence[bool]) -> list[int]:
+        """Fill the places of ended rows, and of prompts without rows, with the last ones."""
+        rows = Filling(alive)
+        group = [self.layout.group[row] for row in rows.order]
+        groups = Filling([g in set(group) for g in range(len(self.layout.length))])
+        for layer in self.layers:
+            layer.fill(rows, groups)
+        self.layout.fill(rows, groups, group)
+        return rows.order
+
+
+class Filling:
+    """How places are filled so that the kept ones come first and as few as possible move.
+
+    >>> Filling([True, False, True, False, True]).order
+    [0, 4, 2]
+    """
+
+    def __init__(self, alive: Sequence[bool]) -> None:
+        count = sum(alive)
+        self.holes = [i for i in range(count) if not alive[i]]
+        self.movers = [i for i in range(count, len(alive)) if alive[i]]
+        self.order = list(range(count))
+        for hole, mover in zip(self.holes, self.movers, strict=True):
+            self.order[hole] = mover
+
+    def apply(self, values: Tensor, dim: int = 0) -> None:
+        """Move what is at the movers' places to the holes, in place."""
+        if self.holes:
+            holes, movers = (torch.tensor(x, device=values.device) for x in (self.holes, self.movers))
+            values.index_copy_(dim, holes, values.index_select(dim, movers))
+
+
+class Layout:
+    """Which rows there are and what they see: the same for all layers.
+
+    `bias` is added to the scores: of a row over `width` places for its prompt (left-padded), then the ring's columns.
+    """
+
+    bias: Float[Tensor, "S C"]
+    position: Int[Tensor, "S 1"]  # of each row's next token
+
+    def __init__(self, device: torch.device) -> None:
+        self.mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)  # stands for all this in the model's call
+        self.device = device
+        self.group: list[int] = []  # of each row
+        self.length: list[int] = []  # of each group's prompt
+        self.start: list[int] = []  # steps done when each group came
+        self.width = self.steps = self.column = self.filled = self.attended = 0
+        self._arrange()
+
+    def append(self, mask: Bool[Tensor, "B P"], lengths: list[int], samples: int) -> None:
+        """Add the rows of groups; the first ones start the ring anew."""
+        if not self.group:
+            self.steps = self.filled = 0
+        rows = slice(len(self.group), len(self.group) + len(lengths) * samples)
+        seen = mask.repeat_interleave(samples, dim=0)
+        self.bias[rows] = -torch.inf
+        self.bias[rows, self.width - mask.shape[1] : self.width].masked_fill_(seen, 0.0)
+        self.position[rows] = seen.sum(dim=1, keepdim=True)
+        first = len(self.length)
+        self.group += [first + i for i in range(len(lengths)) for _ in range(samples)]
+        self.length += lengths
+        self.start += [self.steps] * len(lengths)
+        self._arrange()
+
+    def fill(self, rows: Filling, groups: Filling, group: list[int]) -> None:
+        """Fill the places of what has ended; `group` holds the old group of each kept row."""
+        rows.apply(self.bias)
+        rows.apply(self.position)
+        place = {old: new for new, old in enumerate(groups.order)}
+        self.group = [place[g] for g in group]
+        self.length = [self.length[g] for g in groups.order]
+        self.start = [self.start[g] for g in groups.order]
+        self._arrange()
+
+    def open_column(self, limit: int) -> None:
+        """Choose the column in which all rows write, whose last writers have ended by now, and let them see it."""
+        self.column, self.filled, self.attended = self.steps % limit, min(self.steps + 1, limit), 0
+        self.bias[: len(self.group), self.width + self.column] = 0
+
+    def close_column(self) -> None:
+        """Count the step."""
+        self.steps += 1
+        self.position[: len(self.group)] += 1
+
+    def _arrange(self) -> None:
+        """Say how rows are packed for the product with their prompts: [B, G], with any row where a group has fewer."""
+        members: list[list[int]] = [[] for _ in self.length]
+        for row, g in enumerate(self.group):
+            members[g].append(row)
+        self.widest = max(map(len, members), default=0)
+        packed = [row for m in members for row in m + m[:1] * (self.widest - len(m))]
+        place = {row: i for i, row in reversed(list(enumerate(packed)))}
+        regular = packed == list(range(len(self.group)))
+        self.pack = None if regular else torch.tensor(packed, device=self.device)
+        self.unpack = None if regular else torch.tensor([place[r] for r in range(len(place))], device=self.device)
+        self.longest = max(self.length, default=0)
+        self.masked = min(self.length, default=0) < self.longest or max(self.start, default=0) > 0
+
+
+class SharedPrefixLayer(DynamicLayer):
+    """A layer's keys and values: of prompts [B, K, P, D], left-padded; of responses [T, S, K, D]."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def load(self, keys: Tensor, values: Tensor, rows: int, limit: int) -> None:
+        """Take over the keys and values [B, K, P, D] of new prompts, whose rows will be appended."""
+        at = self.layout
+        first, left = len(at.length), at.width - keys.shape[2]
+        if not self.is_initialized:
+            self.keys, self.values = (x.new_empty(limit, rows, x.shape[1], x.shape[3]) for x in (keys, values))
+            self.prompt_keys, self.prompt_values, self.is_initialized = keys, values, True
+            return
+        self.prompt_keys, self.prompt_values = (
+            torch.cat([old[:first], pad(new, (0, 0, left, 0))])
+            for old, new in ((self.prompt_keys, keys), (self.prompt_values, values))
+        )
+        for own in (self.keys, self.values):
+            own[: at.filled, len(at.group) :] = 0  # masked, but what was never written may be nan
+
+    def fill(self, rows: Filling, groups: Filling) -> None:
+        """Fill the places of what has ended."""
+        for own in (self.keys, self.values):
+            rows.apply(own[: self.layout.filled], dim=1)
+        for prompts in (self.prompt_keys, self.prompt_values):
+            groups.apply(prompts)
+
+    def get_seq_length(self) -> int:
+        """Return the columns in use."""
+        return self.layout.width + self.layout.steps
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values [R, K, 1, D], and mark them so that attention finds this layer."""
+        for states, own in ((key_states, self.keys), (value_states, self.values)):
+            own[self.layout.column, : len(states)] = states[:, :, 0]
+            setattr(states, LAYER, self)
+        return key_states, value_states
+
+    def attend(self, query: Float[Tensor, "R H 1 D"], scaling: float) -> Float[Tensor, "R 1 H E"]:
+        """Return softmax(query @ keys) @ values over each row's prompt and response."""
+        at = self.layout
+        at.attended += 1
+        R, H = query.shape[:2]
+        K = self.keys.shape[2]
+        B, P, T = len(at.length), at.longest, at.filled
+        left = at.width - P
+        prompt_keys, prompt_values = (x[:B, :, left:].flatten(0, 1) for x in (self.prompt_keys, self.prompt_values))
+        own_keys, own_values = (x[:T, :R].flatten(1, 2).transpose(0, 1) for x in (self.keys, self.values))
+
+        query = query.reshape(R, H, -1) * scaling
+        shared = self._unpacked(torch.bmm(self._packed(query), prompt_keys.transpose(1, 2)), H)
+        own = torch.bmm(query.view(R * K, H // K, -1), own_keys.transpose(1, 2))
+        scores = torch.cat([shared, own.view(R, H, T)], dim=-1)
+        if at.masked:
+            scores += at.bias[:R, None, left : at.width + T]
+        wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+        p = scores.softmax(dim=-1, dtype=wide).to(scores.dtype)
+        from_prompt = self._unpacked(torch.bmm(self._packed(p[:, :, :P]), prompt_values), H)
+        own_p = p.view(R * K, H // K, P + T)[:, :, P:]
+        return torch.baddbmm(from_prompt.reshape(R * K, H // K, -1), own_p, own_values).view(R, 1, H, -1)
+
+    def _packed(self, values: Float[Tensor, "R H D"]) -> Float[Tensor, "M N D"]:
+        """Lay the rows of a prompt side by side: [B * K, G * H / K, D]."""
+        at, K = self.layout, self.keys.shape[2]
+        values = values if at.pack is None else values.index_select(0, at.pack)
+        values = values.reshape(len(at.length), at.widest, K, -1, values.shape[-1])
+        return values.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+    def _unpacked(self, values: Float[Tensor, "M N D"], heads: int) -> Float[Tensor, "R H D"]:
+        """Undo `_packed`."""
+        at, K = self.layout, self.keys.shape[2]
+        values = values.view(len(at.length), K, at.widest, heads // K, -1)
+        values = values.transpose(1, 2).reshape(len(at.length) * at.widest, heads, -1)
+        return values if at.unpack is None else values.index_select(0, at.unpack)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Hand a step's attention to the layer that stored its keys, if they come untouched from there."""
+    layer = getattr(key, LAYER, None)
+    if (
+        layer is None
+        or getattr(value, LAYER, None) is not layer
+        or attention_mask is not layer.layout.mask
+        or any(kwargs.get(name) is not None for name in BEYOND_SOFTMAX)
+    ):
+        raise NotPlainError(type(module).__name__)
+    return layer.attend(query, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+
+
+AttentionInterface.register(NAME, _attend)
