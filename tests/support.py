@@ -60,7 +60,7 @@ def exact(model: torch.nn.Module) -> torch.nn.Module:
     """Let a float64 model be that throughout: the RMSNorm of transformers computes in float32, whatever it is given."""
     if model.dtype == torch.float64:
         for name, norm in list(model.named_modules()):
-            if type(norm).__name__.endswith("RMSNorm"):
+            if type(norm).__name__.endswith("RMSNorm") and not isinstance(norm, torch.nn.RMSNorm):
                 plain = torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon, dtype=norm.weight.dtype)
                 plain.weight = norm.weight
                 parent, _, child = name.rpartition(".")

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+RATED = ("rollout", "reward", "statistics", "reference", "update", "logging")  # parts of a step
 RECORDING_TOLERANCE = 1e-4  # nats: how far a token's recorded values may lie from recomputed ones to stand for them
 
 
@@ -206,24 +207,30 @@ class RLVRModule(LightningModule):
             with self.clock.part("statistics"):
                 stats = self.token_statistics(experience, batch.samples)
                 plan = self.plan(stats)
-            with self.clock.part("reference"):
-                ref_logp = self.reference_logp(experience.rollouts, stats.update)
+            ref_logp = None
+            if self.objective.needs_reference:
+                with self.clock.part("reference"):
+                    ref_logp = self.reference_logp(experience.rollouts, stats.update)
             self.batches_trained += 1
             record = StepRecord(experience, stats, plan, ref_logp, batch.samples, self.batches_trained)
             callbacks: list[Callback] = getattr(self.trainer, "callbacks")  # noqa: B009 - set where types do not see it
             observers = [callback for callback in callbacks if isinstance(callback, StepObserver)]
-            for observer in observers:
-                observer.on_planned(self, record)
+            with self.clock.part("logging"):
+                for observer in observers:
+                    observer.on_planned(self, record)
             with self.clock.part("update"):
                 metrics, clipped = update_policy(self, record)
-            for observer in observers:
-                observer.on_updated(self, record, clipped)
-        metrics |= describe(experience, stats, plan, batch.samples)
-        if self.groups is not None:
-            metrics["rollout_batches"] = Ratio(torch.tensor(self.groups.used), torch.tensor(1))
+            with self.clock.part("logging"):
+                for observer in observers:
+                    observer.on_updated(self, record, clipped)
+                metrics |= describe(experience, stats, plan, batch.samples)
+                if self.groups is not None:
+                    metrics["rollout_batches"] = Ratio(torch.tensor(self.groups.used), torch.tensor(1))
+                reduced = reduce_ratios(metrics)
         spent = {k: total - self._logged_seconds.get(k, 0.0) for k, total in self.clock.seconds.items()}
         self._logged_seconds = dict(self.clock.seconds)
-        self.log_training(reduce_ratios(metrics), spent, int(stats.mask.sum()))
+        with self.clock.part("logging"):  # counted in the next step
+            self.log_training(reduced, spent, int(stats.mask.sum()))
         return {"samples": experience.samples()}
 
     def experience(self, batch: PromptBatch, sampling: Sampling, purpose: str) -> Experience:
@@ -279,14 +286,13 @@ class RLVRModule(LightningModule):
         self.objective_state = self.objective.next_state(self.objective_state, whole)
         return self.objective.plan(whole).rows(mine).width(stats.mask.shape[1])
 
-    def reference_logp(self, rollouts: Rollouts, update: Tensor) -> Tensor | None:
-        """Return log-probabilities under the frozen reference [N, T], or None if the objective reads none.
+    def reference_logp(self, rollouts: Rollouts, update: Tensor) -> Tensor:
+        """Return log-probabilities under the frozen reference [N, T].
 
         Each row is computed with the rows beside which it is trained: a policy that is its reference equals it to the
         bit, and the KL has no gradient.
         """
-        if not self.objective.needs_reference or self.reference is None:
-            return None
+        assert self.reference is not None
         parts = self._micro_batches(rollouts, update)
         return batch_logp(self.reference, rollouts, self.sampling.temperature, parts).logp
 
@@ -296,11 +302,13 @@ class RLVRModule(LightningModule):
         return [part for rows in steps for part in micro_batches(self.policy, rollouts, rows, self.micro_batch_size)]
 
     def log_training(self, metrics: Mapping[str, float], spent: Mapping[str, float], tokens: int) -> None:
-        """Log one step: metrics under train/, seconds by part under seconds/."""
+        """Log one step: metrics under train/, seconds and trained tokens a second by part of the work."""
+        rates = {part: tokens * world_size() / seconds for part, seconds in spent.items() if part in RATED}
         rate = tokens * world_size() / spent["step"]
         shown = {"reward": metrics["reward"], "entropy": metrics["entropy"], "tok/s": rate}
         self.log_dict({f"train/{k}": v for k, v in metrics.items()}, batch_size=1)
         self.log_dict({f"seconds/{k}": v for k, v in spent.items()}, batch_size=1)
+        self.log_dict({f"tokens_per_second/{k}": v for k, v in rates.items()}, batch_size=1)
         self.log("train/tokens_per_second", rate, batch_size=1)
         sampler = getattr(self.trainer.train_dataloader, "batch_sampler", None)
         if isinstance(sampler, CurriculumSampler):
