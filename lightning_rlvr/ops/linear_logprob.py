@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from lightning_rlvr.ops.logprob import entropy, log_softmax, token_logp
 
 # Logits held at a time. On an accelerator products must be large to be fast; neither size is sensitive to a factor 2.
-CPU_BYTES, ACCELERATOR_BYTES = 64 * 2**20, 2**30
+CPU_BYTES, ACCELERATOR_BYTES = 96 * 2**20, 2**30
 # Of those, what an elementwise step takes at a time on CPU, so that it and its temporaries stay in the cache.
 CACHED_BYTES = 2**20
 
