@@ -25,12 +25,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_rlvr.ops.logprob import entropy, log_softmax, token_logp
+from lightning_rlvr.ops.logprob import log_softmax, token_logp
 
 # Logits held at a time. On an accelerator products must be large to be fast; neither size is sensitive to a factor 2.
-CPU_BYTES, ACCELERATOR_BYTES = 64 * 2**20, 2**30
+CPU_BYTES, ACCELERATOR_BYTES = 96 * 2**20, 2**30
 # Of those, what an elementwise step takes at a time on CPU, so that it and its temporaries stay in the cache.
 CACHED_BYTES = 2**20
+# Stands for the log-probability -inf beside p = 0: there it makes the 0 that any finite number does.
+FLOOR = -1e4
 
 # (logp [k], entropy [k] or None, rows) -> scalar loss of `rows`, a slice of whole rows whose tokens these are.
 LossOf = Callable[[Tensor, "Tensor | None", slice], Tensor]
@@ -202,7 +204,7 @@ class _Head:
                 tokens = slice(part.start + at.start, part.start + at.stop)
                 values.logp[tokens] = token_logp(logp, self.target[tokens, 0])
                 if values.entropy is not None:
-                    values.entropy[tokens] = entropy(logp)
+                    values.entropy[tokens] = -(logp.exp() * logp.clamp_(min=FLOOR)).sum(dim=-1)
 
     def gradient(self, part: slice, values: HeadValues, pull: HeadValues) -> Tensor:
         """Turn the log-probabilities in the buffer into the gradient of the logits; `pull` is that of the values."""
@@ -216,8 +218,7 @@ class _Head:
             else:
                 pull_entropy = pull.entropy[at].unsqueeze(-1) / self.temperature
                 information = values.entropy[part][at].unsqueeze(-1)
-                # An impossible token has log p = -inf and no part in this: any finite number does.
-                logp.clamp_(min=-1e4).add_(information).mul_(-pull_entropy).sub_(pull_logp[at]).mul_(p)
+                logp.clamp_(min=FLOOR).add_(information).mul_(-pull_entropy).sub_(pull_logp[at]).mul_(p)
         whole.scatter_add_(1, self.target[part], pull_logp)
         return whole
 
