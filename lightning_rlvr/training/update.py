@@ -110,7 +110,7 @@ class _Losses:
         return loss
 
     def of_idle(self, rows: Int[Tensor, " M"]) -> None:
-        """Count rows that are not run into the shares of tokens; means of a KL are of the rows that are."""
+        """Count the tokens of rows that are not run, as unclipped and without gradient; a KL is of those that are."""
         if not len(rows):
             return
         stats = self.record.stats
