@@ -18,14 +18,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_rlvr import compare
 from lightning_rlvr.training import RLVRDataModule, RLVRModule, Trainer
 from lightning_rlvr.training.callbacks import (
+    AdaptiveOrder,
     EvaluateEnds,
     ExportPolicy,
     InertTerms,
     KeepLastCheckpoint,
+    OrderLog,
     PredictionWriter,
     RunSummary,
     SampleTable,
     SaveRollouts,
+    StageBoundary,
     TokenLedger,
 )
 from lightning_rlvr.types import UserError
@@ -117,6 +120,9 @@ class RLVRCLI(LightningCLI):
             config["logger"] = False if self.subcommand == "score" else loggers
         callbacks = [
             *callbacks,
+            StageBoundary(),
+            OrderLog(),
+            AdaptiveOrder(),
             EvaluateEnds(),
             InertTerms(),
             KeepLastCheckpoint(),

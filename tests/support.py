@@ -1,6 +1,7 @@
 """A tiny policy, task and reward, and a cut-down quickstart: what tests of several rooms share."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,14 @@ def exact(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def command_line(cache: Path, *words: str, die_at: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the program in a process of its own, one thread for each rank, with this module at hand."""
+    env = {**os.environ, "LIGHTNING_RLVR_CACHE": str(cache), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | ({} if die_at is None else {"DIE_AT": str(die_at)})
+    command = [sys.executable, "-m", "lightning_rlvr", *words]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+
+
 class TinyPolicy(PolicySource):
     """A Qwen3 of a few thousand random weights that knows the characters."""
 
@@ -128,3 +137,16 @@ class ManyVowels(Reward):
 
     def __repr__(self) -> str:
         return "ManyVowels()"
+
+
+class Mortal(ManyVowels):
+    """Kills its process, as kill -9 does, when asked for the DIE_AT-th time."""
+
+    def __init__(self) -> None:
+        self.left = int(os.environ.get("DIE_AT", "-1"))
+
+    def __call__(self, responses: list[Response], prompts: list[Prompt]) -> list[Verdict]:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(responses, prompts)

@@ -1,78 +1,25 @@
-"""The curriculum: from stored scores to the order in which questions are trained on."""
+"""Batches of questions, stage by stage, for every rank alike."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 from torch.utils.data import Sampler
 
-from lightning_rlvr.ops.semantic_entropy import Estimator
+from lightning_rlvr.curriculum.order import Adaptive
 from lightning_rlvr.types import UserError
 
-Order = Literal["ascending", "descending", "shuffled", "pass_rate"]
 
+class Batch(NamedTuple):
+    """The questions of one rollout batch over all ranks, and which pass over which stage they belong to."""
 
-@dataclass(frozen=True)
-class Curriculum:
-    """In which order questions are trained on.
-
-    Args:
-        order: by semantic entropy `ascending` (SENT: agreed first, disputed last) or `descending`, by
-            `pass_rate` (often solved first), or `shuffled` (no scores are needed).
-        stages: how many parts of (nearly) equal size the sorted questions are cut into.
-        epochs: passes over the questions of a stage before the next begins.
-        estimator: which estimate of semantic entropy orders them.
-
-    Source: arXiv 2512.04359; its release uses 2 stages.
-    """
-
-    order: Order = "ascending"
-    stages: int = 2
-    epochs: int = 1
-    estimator: Estimator = "discrete"
-
-    def __post_init__(self) -> None:
-        for key in ("stages", "epochs"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key} must be at least 1, got {getattr(self, key)}. Set data.curriculum.{key}.")
-
-    @property
-    def needs_scores(self) -> bool:
-        """Whether the order is read from scores."""
-        return self.order != "shuffled"
-
-    def check(self, size: int) -> None:
-        """Raise UserError if `size` questions are too few for the stages."""
-        if size < self.stages:
-            raise UserError(
-                f"stages must be at most the number of questions ({size}), got {self.stages}: a stage would be empty. "
-                "Set data.curriculum.stages."
-            )
-
-    def cut(self, size: int, scores: pd.DataFrame | None, seed: int) -> list[np.ndarray]:
-        """Return the stages: arrays of question indices in sorted order, ties in a seeded random order."""
-        self.check(size)
-        tie = np.random.default_rng([seed, 0]).permutation(size)
-        if self.order == "shuffled":
-            return np.array_split(tie, self.stages)
-        if scores is None or len(scores) != size:
-            raise ValueError(
-                f"ordering {size} questions needs {size} scores, got {None if scores is None else len(scores)}"
-            )
-        if self.order == "pass_rate":
-            key = -scores["pass_rate"].to_numpy()
-        else:
-            key = scores[f"semantic_entropy_{self.estimator}"].to_numpy()
-            key = -key if self.order == "descending" else key
-        if np.isnan(key).any():
-            raise ValueError(f"{np.isnan(key).sum()} questions have a nan score: they have no place in the order")
-        # Estimates that are equal in exact arithmetic may differ by a rounding: 1e-9 nats is not a difference.
-        return np.array_split(np.lexsort((tie, key.round(9))), self.stages)
+    stage: int
+    epoch: int
+    questions: list[int]
 
 
 class CurriculumSampler(Sampler[list[int]]):
@@ -95,7 +42,7 @@ class CurriculumSampler(Sampler[list[int]]):
     def __init__(
         self,
         stages: Sequence[np.ndarray],
-        epochs: int,
+        epochs: Sequence[int],
         batch_size: int,
         seed: int,
         rank: int = 0,
@@ -112,30 +59,118 @@ class CurriculumSampler(Sampler[list[int]]):
                 f"each stage must have a question for each process ({world}), got {[len(s) for s in stages]}. "
                 "Set data.curriculum.stages or trainer.devices."
             )
-        self.rank, self.world = rank, world
-        self.batches: list[tuple[int, list[int]]] = []  # (stage, questions over all ranks)
-        for stage, questions in enumerate(stages):
-            for epoch in range(epochs):
+        self.rank, self.world, self.seed = rank, world, seed
+        self.batches: list[Batch] = []
+        for stage, (questions, count) in enumerate(zip(stages, epochs, strict=True)):
+            for epoch in range(count):
                 order = np.random.default_rng([seed, 1, stage, epoch]).permutation(questions)
                 order = order[: len(order) - len(order) % world]
                 step = batch_size - batch_size % world
-                self.batches += [(stage, order[i : i + step].tolist()) for i in range(0, len(order), step)]
+                self.batches += [Batch(stage, epoch, order[i : i + step].tolist()) for i in range(0, len(order), step)]
         self.start = start % len(self.batches)
+        self._planned = self._hash()
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this rank's share of each batch that is left; from the next time on, of all batches."""
         start, self.start = self.start, 0
-        for _, questions in self.batches[start:]:
-            yield questions[self.rank :: self.world]
+        for number in range(start, len(self.batches)):
+            yield self.batches[number].questions[self.rank :: self.world]
 
     def __len__(self) -> int:
         """Return the number of batches of the whole curriculum, those before `start` included."""
         return len(self.batches)
 
-    def stage_of(self, batch: int) -> int:
-        """Return the stage of a batch; batches count on when the curriculum is repeated."""
-        return self.batches[batch % len(self)][0]
+    def batch(self, number: int) -> Batch:
+        """Return a batch over all ranks; batches count on when the curriculum is repeated."""
+        return self.batches[number % len(self)]
 
     def fingerprint(self) -> str:
-        """Return a hash of the order over all ranks."""
-        return hashlib.sha256(repr(self.batches).encode()).hexdigest()[:16]
+        """Return a hash of the order over all ranks as it was planned at first."""
+        return self._planned
+
+    def _hash(self) -> str:
+        return hashlib.sha256(repr([tuple(batch) for batch in self.batches]).encode()).hexdigest()[:16]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is known beyond the plan: nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
+
+
+class AdaptiveSampler(CurriculumSampler):
+    """A sampler that re-orders what is left by running estimates: see `Adaptive`.
+
+    A re-ordering after batch n changes batches from n + 2 on: batch n + 1 may be with the trainer already.
+
+    Args:
+        key: what the questions are sorted by at first, ascending [questions].
+        tie: settles ties [questions].
+        adaptive: how often, and how much fresh estimates weigh.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[np.ndarray],
+        epochs: Sequence[int],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        start: int = 0,
+        *,
+        key: np.ndarray,
+        tie: np.ndarray,
+        adaptive: Adaptive,
+    ) -> None:
+        super().__init__(stages, epochs, batch_size, seed, rank, world, start)
+        self.estimate, self._tie, self._adaptive = key.astype(np.float64), tie, adaptive
+
+    def observe(self, number: int, fresh: Sequence[float]) -> bool:
+        """Take fresh estimates of the key of the questions of batch `number`, over all ranks, in its order.
+
+        Returns whether the rest was re-ordered. Raises: ValueError if there are more or fewer estimates than questions.
+        """
+        weight = self._adaptive.weight
+        for question, value in zip(self.batch(number).questions, fresh, strict=True):
+            self.estimate[question] = (1 - weight) * self.estimate[question] + weight * value
+        place = number % len(self)
+        if (place + 1) % self._adaptive.every or place + 2 >= len(self):
+            return False
+        self._reorder(place + 2)
+        return True
+
+    def _reorder(self, start: int) -> None:
+        """Hand out the visits that are left from batch `start` on, pass by pass, to the first in order.
+
+        A question with as many visits left as there are passes is taken whatever its place. Stages may differ in length
+        by a question; where that leaves a pass short of questions, it takes the next in order once more.
+        """
+        rest = self.batches[start:]
+        visits = Counter(q for batch in rest for q in batch.questions)
+        passes = list(dict.fromkeys((batch.stage, batch.epoch) for batch in rest))
+        had = {q for b in self.batches[:start] if (b.stage, b.epoch) == passes[0] for q in b.questions}
+        order = [int(q) for q in np.lexsort((self._tie, self.estimate.round(9))) if q in visits]
+        out: list[Batch] = []
+        for number, (stage, epoch) in enumerate(passes):
+            sizes = [len(b.questions) for b in rest if (b.stage, b.epoch) == (stage, epoch)]
+            due = len(passes) - number
+            free = [q for q in order if q not in had]
+            free.sort(key=lambda q: 0 if visits[q] >= due else 1 if visits[q] > 0 else 2)
+            chosen, had = free[: sum(sizes)], set()
+            visits.subtract(chosen)
+            shuffled = np.random.default_rng([self.seed, 2, start, stage, epoch]).permutation(chosen).tolist()
+            for size in sizes:
+                out.append(Batch(stage, epoch, shuffled[:size]))
+                shuffled = shuffled[size:]
+        self.batches[start:] = out
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the estimates and the order as it is now."""
+        return {"estimate": self.estimate.tolist(), "batches": [list(batch) for batch in self.batches]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
+        self.estimate = np.array(state["estimate"])
+        self.batches = [Batch(*batch) for batch in state["batches"]]

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
 
-from lightning_rlvr.ops.semantic_entropy import Estimator, Unparsable, cluster_answers, semantic_entropy
+from lightning_rlvr.ops.semantic_entropy import Estimator, Unparsable, cluster_groups, semantic_entropy
 from lightning_rlvr.rollout import seed_of
+from lightning_rlvr.store import Store, read_records
 from lightning_rlvr.types import Engine, Prompt, Response, Reward, Rollouts, Sampling, UserError, Verdict
 
 ESTIMATORS: tuple[Estimator, ...] = ("discrete", "rao_blackwell", "likelihood")
+# What the curriculum can order by, beside columns of the data.
+NUMBERS = (
+    *(f"semantic_entropy_{name}" for name in ESTIMATORS),
+    "clusters",
+    "majority",
+    "pass_rate",
+    "mean_token_entropy",
+    "mean_length",
+    "truncated",
+    "unparsable",
+)
+LAYOUT = 2  # of the file; changes when its columns do
 
 
 @dataclass(frozen=True)
@@ -27,8 +39,9 @@ class Scoring:
     Args:
         samples: answers sampled for each question (M in arXiv 2512.04359, which does not state it).
         temperature: of the sampling; the policy's own distribution at 1.
-        unparsable: whether unparsable answers are a cluster each, or one cluster together.
-        prompts_per_batch: questions sampled at a time; changes no score.
+        unparsable: whether unparsable answers are a cluster each, or one cluster together. Stored scores are
+            recomputed for it, without sampling again.
+        prompts_per_batch: questions sampled at a time; changes no score beyond rounding.
         file: scores to use, made by `python -m lightning_rlvr score`; made and cached by itself if not given.
     """
 
@@ -58,60 +71,109 @@ def score_questions(
     scoring: Scoring,
     max_new_tokens: int,
     seed: int,
-) -> pd.DataFrame:
-    """Return one row a question, in the order given.
+    store: Store,
+    done: set[str],
+    world: int = 1,
+) -> None:
+    """Score the questions that are not `done` and append them to the store, batch by batch.
 
-    Columns: uid, the semantic entropy by each estimator (nats), clusters, pass_rate, mean_token_entropy (nats),
-    mean_length (tokens), truncated and unparsable (counts), and the samples themselves: answers (None if
-    unparsable), correct, logp (summed, nats), length (tokens). Randomness depends on `seed` and the uid alone.
+    Columns: uid, question, gold; the semantic entropy by each estimator (nats), clusters, majority (share of the
+    most frequent parsed answer), majority_correct, pass_rate, mean_token_entropy (nats), mean_length (tokens),
+    truncated and unparsable (counts); and the samples themselves: answers (None if unparsable), cluster, correct,
+    logp (summed, nats), length (tokens). Randomness depends on `seed` and the uid alone.
+
+    Batches are cut before what is done is left out, and shared out to `world` ranks as they are: so a score does not
+    depend on rank or resumption by as much as a rounding.
     """
     from tqdm import tqdm
 
+    size = scoring.prompts_per_batch
+    cut = [[p for p in prompts[i : i + size] if p.uid not in done] for i in range(0, len(prompts), size)]
+    mine = [batch for batch in cut if batch][store.rank :: world]
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=scoring.temperature)
-    rows: list[dict[str, Any]] = []
-    with tqdm(total=len(prompts), desc="semantic entropy", unit="question", leave=False) as bar:
-        for start in range(0, len(prompts), scoring.prompts_per_batch):
-            batch = prompts[start : start + scoring.prompts_per_batch]
+    total = sum(map(len, mine))
+    with tqdm(total=total, desc="semantic entropy", unit="question", leave=False, disable=store.rank > 0) as bar:
+        for batch in mine:
             seeds = [seed_of(seed, "score", prompt.uid) for prompt in batch]
             rollouts = engine.generate([encode(p.text) for p in batch], seeds, scoring.samples, sampling)
             repeated = [prompt for prompt in batch for _ in range(scoring.samples)]
             verdicts = reward(decode(rollouts), repeated)
-            for i, prompt in enumerate(batch):
-                part = slice(i * scoring.samples, (i + 1) * scoring.samples)
-                rows.append(_score_row(prompt, rollouts.rows(part), verdicts[part], reward, scoring))
+            store.append(score_batch(batch, rollouts, verdicts, reward))
             bar.update(len(batch))
-    return pd.DataFrame(rows)
 
 
-def _score_row(
-    prompt: Prompt, rollouts: Rollouts, verdicts: Sequence[Verdict], reward: Reward, scoring: Scoring
-) -> dict[str, Any]:
-    answers = [verdict.answer for verdict in verdicts]
-    labels = cluster_answers(answers, lambda a, b: reward.equivalent([(a, b)])[0], scoring.unparsable)
-    logp = rollouts.logp.double().sum(dim=1).cpu()
-    lengths = rollouts.mask.sum(dim=1).cpu()
-    entropies = {
-        f"semantic_entropy_{name}": semantic_entropy(torch.tensor(labels), logp, lengths, name) for name in ESTIMATORS
-    }
-    correct = [verdict.correct for verdict in verdicts]
+def score_batch(
+    prompts: Sequence[Prompt],
+    rollouts: Rollouts,
+    verdicts: Sequence[Verdict],
+    reward: Reward,
+) -> list[dict[str, Any]]:
+    """Return one record a question; rows of `rollouts` and `verdicts` are prompt-major.
+
+    Unparsable answers are a cluster each; `recompute` puts them together.
+    """
+    samples = len(verdicts) // len(prompts)
+    groups = [verdicts[i * samples : (i + 1) * samples] for i in range(len(prompts))]
+    labels = cluster_groups([[v.answer for v in group] for group in groups], reward.equivalent)
+    logp = rollouts.logp.double().sum(dim=1).view(-1, samples).tolist()
+    lengths = rollouts.mask.sum(dim=1).view(-1, samples)
+    entropy = rollouts.entropy.double().sum(dim=1).view(-1, samples).sum(dim=1) / lengths.sum(dim=1)
+    truncated = rollouts.truncated.view(-1, samples).sum(dim=1)
+    records = []
+    for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
+        correct = [verdict.correct for verdict in group]
+        drawn: dict[str, Any] = {
+            "answers": [verdict.answer for verdict in group],
+            "cluster": labels[i],
+            "correct": correct,
+            "logp": logp[i],
+            "length": lengths[i].tolist(),
+        }
+        records.append(
+            {
+                "uid": prompt.uid,
+                "question": prompt.text,
+                "gold": prompt.answer,
+                **estimates(drawn),
+                "pass_rate": sum(correct) / samples,
+                "mean_token_entropy": float(entropy[i]),
+                "mean_length": float(lengths[i].double().mean()),
+                "truncated": int(truncated[i]),
+                "unparsable": drawn["answers"].count(None),
+                **drawn,
+            }
+        )
+    return records
+
+
+def estimates(drawn: dict[str, Any]) -> dict[str, Any]:
+    """Return what follows from the clusters of one question's samples: entropies, clusters, and the majority."""
+    labels, lengths = torch.tensor(drawn["cluster"]), torch.tensor(drawn["length"])
+    logp = torch.tensor(drawn["logp"], dtype=torch.float64)
+    parsed = [label for label, answer in zip(drawn["cluster"], drawn["answers"], strict=True) if answer is not None]
+    largest = max(dict.fromkeys(parsed), key=parsed.count, default=None)
     return {
-        "uid": prompt.uid,
-        **entropies,
-        "clusters": max(labels) + 1,
-        "pass_rate": sum(correct) / len(correct),
-        "mean_token_entropy": float(rollouts.entropy.sum() / lengths.sum()),
-        "mean_length": float(lengths.double().mean()),
-        "truncated": int(rollouts.truncated.sum()),
-        "unparsable": sum(answer is None for answer in answers),
-        "answers": answers,
-        "correct": correct,
-        "logp": logp.tolist(),
-        "length": lengths.tolist(),
+        **{f"semantic_entropy_{name}": semantic_entropy(labels, logp, lengths, name) for name in ESTIMATORS},
+        "clusters": len(set(drawn["cluster"])),
+        "majority": parsed.count(largest) / len(labels),
+        "majority_correct": largest is not None and bool(drawn["correct"][drawn["cluster"].index(largest)]),
     }
+
+
+def recompute(scores: pd.DataFrame, unparsable: Unparsable) -> pd.DataFrame:
+    """Return the scores with unparsable answers clustered as given, from the samples stored."""
+    records = []
+    for row in cast("list[dict[str, Any]]", scores.to_dict("records")):
+        drawn = {key: list(row[key]) for key in ("answers", "cluster", "correct", "logp", "length")}
+        names = [None if a is None else str(k) for a, k in zip(drawn["answers"], drawn["cluster"], strict=True)]
+        drawn["cluster"] = cluster_groups([names], lambda pairs: [False] * len(pairs), unparsable)[0]
+        records.append({**row, **drawn, **estimates(drawn)})
+    return pd.DataFrame(records, columns=scores.columns)
 
 
 def manifest(
     prompts: Sequence[Prompt],
+    encode: Callable[[str], list[int]],
     policy: str,
     prompt_format: str,
     reward: str,
@@ -119,59 +181,40 @@ def manifest(
     max_new_tokens: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Return what the scores depend on; equal manifests mean equal scores."""
-    data = hashlib.sha256("\n".join(repr((p.uid, p.text, p.answer)) for p in prompts).encode()).hexdigest()
-    settings = {k: v for k, v in asdict(scoring).items() if k not in ("file", "prompts_per_batch")}
+    """Return what the stored scores depend on: equal manifests mean equal scores.
+
+    `reward` is the verifier's repr, which names its version; the tokenizer and the template show in the prompts' ids.
+    """
     return {
         "policy": policy,
         "prompt_format": prompt_format,
+        "prompt_tokens": _hash([encode(p.text) for p in prompts]),
         "reward": reward,
-        "data": data,
+        "data": _hash([(p.uid, p.text, p.answer) for p in prompts]),
         "questions": len(prompts),
         "max_new_tokens": max_new_tokens,
         "seed": seed,
-        **settings,
+        "samples": scoring.samples,
+        "temperature": scoring.temperature,
+        "layout": LAYOUT,
     }
+
+
+def _hash(values: Any) -> str:
+    return hashlib.sha256(repr(values).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def cache_path(folder: Path, about: dict[str, Any]) -> Path:
     """Return where scores with this manifest are cached."""
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    return folder / f"scores-{digest}.parquet"
+    return folder / f"scores-{_hash(json.dumps(about, sort_keys=True))[:16]}.parquet"
 
 
-def write_scores(scores: pd.DataFrame, path: Path, about: dict[str, Any]) -> None:
-    """Write scores as parquet with their manifest inside: the whole file or none."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pandas(scores, preserve_index=False)
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"manifest": json.dumps(about).encode()})
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(table, partial)
-    partial.replace(path)
-
-
-def read_scores(path: Path, about: dict[str, Any]) -> pd.DataFrame:
-    """Read scores made for exactly this manifest.
+def read_scores(
+    path: Path, about: dict[str, Any], unparsable: Unparsable, setting: str = "data.scoring.file"
+) -> pd.DataFrame:
+    """Read scores made for exactly this manifest, with unparsable answers clustered as asked for.
 
     Raises: UserError if the file is missing or not a score file, or that says what differs from `about`.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-        stored = json.loads((table.schema.metadata or {}).get(b"manifest", b"{}"))
-    except (OSError, pa.ArrowInvalid, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read the scores {path}: {error}. Set data.scoring.file, or null to score.") from error
-    keys = dict.fromkeys([*about, *stored])
-    differing = {key: (stored.get(key), about.get(key)) for key in keys if stored.get(key) != about.get(key)}
-    if differing:
-        lines = "\n".join(f"  {key}: the file has {a!r}, this run {b!r}" for key, (a, b) in differing.items())
-        raise UserError(
-            f"the scores in {path} were made for something else:\n{lines}\n"
-            "Set data.scoring.file to scores of this model and data, or to null to score."
-        )
-    return table.to_pandas()
+    scores = read_records(path, about, f"{setting}, or null to score")
+    return scores if unparsable == "own_cluster_each" else recompute(scores, unparsable)

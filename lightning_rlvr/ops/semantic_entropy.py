@@ -13,41 +13,46 @@ Estimator = Literal["discrete", "rao_blackwell", "likelihood"]
 Unparsable = Literal["own_cluster_each", "one_cluster"]
 
 
-def cluster_answers(
-    answers: Sequence[str | None],
-    equivalent: Callable[[str, str], bool],
+def cluster_groups(
+    groups: Sequence[Sequence[str | None]],
+    equivalent: Callable[[Sequence[tuple[str, str]]], Sequence[bool]],
     unparsable: Unparsable = "own_cluster_each",
-) -> list[int]:
-    """Label each answer with its cluster: that of the first representative it is equivalent to, in sample order.
+) -> list[list[int]]:
+    """Label the answers to each question with their clusters: an answer belongs to the first representative it equals.
 
-    Comparing with representatives only, in order, keeps the result well defined where equivalence fails to be
-    transitive. Identical texts are never compared. `None` is an unparsable answer: each is a cluster of its own,
-    or all are one. Labels are 0, 1, ... in order of first appearance.
+    Representatives are, in sample order, the answers that equal no representative before them: well defined also
+    where equivalence fails to be transitive. `equivalent` judges pairs (representative, answer) of all questions in
+    one call, once for each cluster of the question that has most; identical texts are never compared. `None` is an
+    unparsable answer: each is a cluster of its own, or those of a question are one. Labels are 0, 1, ... in order of
+    first appearance.
 
     Source: arXiv 2512.04359, section on semantic entropy; clustering by meaning, arXiv 2302.09664.
 
-    >>> cluster_answers(["1/2", "3", "0.5", None], lambda a, b: {a, b} == {"1/2", "0.5"})
-    [0, 1, 0, 2]
+    >>> same = lambda pairs: [{a, b} == {"1/2", "0.5"} for a, b in pairs]
+    >>> cluster_groups([["1/2", "3", "0.5", None], ["3", "3"]], same)
+    [[0, 1, 0, 2], [0, 0]]
     """
-    labels: list[int] = []
-    seen: dict[str, int] = {}
-    representatives: list[tuple[str, int]] = []
-    unparsed: int | None = None
-    count = 0
-    for answer in answers:
-        if answer is None:
-            label = unparsed if unparsed is not None and unparsable == "one_cluster" else count
-            unparsed = label
-        elif answer in seen:
-            label = seen[answer]
-        else:
-            label = next((k for text, k in representatives if equivalent(text, answer)), count)
-            if label == count:
-                representatives.append((answer, label))
-            seen[answer] = label
-        count += label == count
-        labels.append(label)
-    return labels
+    unlabelled = [list(dict.fromkeys(a for a in answers if a is not None)) for answers in groups]
+    representative: list[dict[str, str]] = [{} for _ in groups]
+    while any(unlabelled):
+        pairs = [(first, text) for first, *others in filter(None, unlabelled) for text in others]
+        verdicts = iter(equivalent(pairs) if pairs else [])
+        for number, texts in enumerate(unlabelled):
+            if not texts:
+                continue
+            first, *others = texts
+            same = {text for text in others if next(verdicts)}
+            representative[number] |= dict.fromkeys([first, *same], first)
+            unlabelled[number] = [text for text in others if text not in same]
+    return [_number(answers, named, unparsable) for answers, named in zip(groups, representative, strict=True)]
+
+
+def _number(answers: Sequence[str | None], representative: dict[str, str], unparsable: Unparsable) -> list[int]:
+    """Number the clusters of one question in order of first appearance."""
+    labels: dict[str | int, int] = {}
+    alone = (i if unparsable == "own_cluster_each" else -1 for i in range(len(answers)))
+    names = [i if a is None else representative[a] for a, i in zip(answers, alone, strict=True)]
+    return [labels.setdefault(name, len(labels)) for name in names]
 
 
 def semantic_entropy(

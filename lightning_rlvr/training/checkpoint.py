@@ -9,7 +9,12 @@ from torch import Tensor
 
 from lightning_rlvr.types import UserError
 
-COUNTS = ("rollouts_done", "batches_trained", "objective_state")  # attributes of the module that are saved
+COUNTS = (
+    "rollouts_done",
+    "batches_trained",
+    "objective_state",
+    "reference_moved",
+)  # attributes of the module that are saved
 
 
 def check_checkpoint(

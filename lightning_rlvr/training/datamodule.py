@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+import numpy as np
 import pandas as pd
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_rlvr.curriculum import Curriculum, CurriculumSampler, Scoring
+from lightning_rlvr.curriculum import AdaptiveSampler, Curriculum, CurriculumSampler, Scoring
 from lightning_rlvr.curriculum import score as scores
+from lightning_rlvr.curriculum.order import tie_break
+from lightning_rlvr.curriculum.report import write_report
 from lightning_rlvr.models.cache import cache_root
+from lightning_rlvr.store import Store
 from lightning_rlvr.training.experience import PromptBatch
 from lightning_rlvr.types import Prompt, Task, UserError
 
@@ -90,7 +95,11 @@ class RLVRDataModule(LightningDataModule):
         self.cache_dir = cache_root(cache_dir)
         self.seed = seed
         self.questions: dict[Split, list[Prompt]] = {}
+        self.score_table: pd.DataFrame | None = None
+        self.stages: list[np.ndarray] = []
+        self.sampler: CurriculumSampler | None = None
         self._order: str | None = None  # fingerprint of the order trained on
+        self._sampler_state: dict[str, Any] = {}  # of the run that is resumed
 
     # --- questions -------------------------------------------------------------------------------
 
@@ -126,8 +135,10 @@ class RLVRDataModule(LightningDataModule):
             )
         if stage == "fit":
             self.curriculum.check(len(self.questions["train"]))
+            if not self.curriculum.orders_by_scores:
+                self.curriculum.key(self.questions["train"], None)
             if self.curriculum.needs_scores and self.scoring.file is not None:
-                scores.read_scores(Path(self.scoring.file), self._manifest(module))
+                self.read_scores(module, Path(self.scoring.file).expanduser(), "data.scoring.file")
             shared = {p.text for p in self.questions["train"]} & {p.text for p in self.questions.get("val", [])}
             if shared:
                 rank_zero_warn(f"{len(shared)} held-out questions are also training questions: {min(shared)!r}, ...")
@@ -166,20 +177,60 @@ class RLVRDataModule(LightningDataModule):
 
         Raises: UserError if the named file was made for another model or other data; it says what differs.
         """
-        about = self._manifest(module)
         if self.scoring.file is not None:
-            return self._in_order(scores.read_scores(Path(self.scoring.file), about))
-        path = scores.cache_path(self.cache_dir, about)
+            path = Path(self.scoring.file).expanduser()
+        else:
+            path = scores.cache_path(self.cache_dir, self._manifest(module))
+            self.make_scores(module, path, "data.cache_dir")
+        return self.read_scores(module, path, "data.scoring.file")
+
+    def read_scores(self, module: RLVRModule, path: Path, setting: str) -> pd.DataFrame:
+        """Read a score file, in the order of the training questions. Raises: UserError if it is of something else."""
+        table = scores.read_scores(path, self._manifest(module), self.scoring.unparsable, setting)
+        return table.set_index("uid").loc[[prompt.uid for prompt in self.questions["train"]]].reset_index()
+
+    def write_score_report(self, module: RLVRModule, table: pd.DataFrame, path: Path) -> None:
+        """Write a page about the scores, with the stages that the curriculum cuts, if it can."""
+        try:
+            stages = self.curriculum.cut(self.questions["train"], table, self.seed)
+        except UserError as error:
+            rank_zero_warn(f"the report shows no stages: {error}")
+            stages = []
+        write_report(table, self.curriculum, stages, self._manifest(module), path)
+
+    def make_scores(self, module: RLVRModule, path: Path, setting: str) -> None:
+        """Score the training questions that a file still lacks, shared out over all processes.
+
+        What is finished is kept, also if the process is killed: calling it again goes on from there. `setting` is how
+        errors call what led to `path`. Raises: UserError if the file holds scores of something else.
+        """
         trainer = self._trainer()
-        if trainer.world_size > 1 and not path.exists():
-            raise UserError(
-                "scoring runs in one process, since the others could wait for hours and time out. Run "
-                "`python -m lightning_rlvr score` with this config first, and set data.scoring.file to its output."
-            )
-        if trainer.is_global_zero and not path.exists():
-            scores.write_scores(self.score(module), path, about)
-        trainer.strategy.barrier("scores")
-        return self._in_order(scores.read_scores(path, about))
+        strategy, prompts = trainer.strategy, self.questions["train"]
+        store = Store(path, self._manifest(module), setting, rank=trainer.global_rank)
+        with store.claim() if trainer.is_global_zero else nullcontext():
+            strategy.barrier("scores claimed")  # another run may have been making the same file
+            store.check()
+            done = store.done()
+            strategy.barrier("scores read")  # before any rank appends
+            if len(done) < len(prompts):
+                with module.clock.part("score"):
+                    scores.score_questions(
+                        prompts,
+                        module.encode,
+                        module.decode,
+                        module.engine,
+                        module.reward,
+                        self.scoring,
+                        module.sampling.max_new_tokens,
+                        self.seed,
+                        store,
+                        done,
+                        trainer.world_size,
+                    )
+            strategy.barrier("scores made")
+            if trainer.is_global_zero:
+                store.finish([prompt.uid for prompt in prompts])
+        strategy.barrier("scores written")
 
     def _trainer(self) -> Trainer:
         if self.trainer is None:
@@ -192,29 +243,11 @@ class RLVRDataModule(LightningDataModule):
     def _stage(self) -> str:
         return TrainerFn(self._trainer().state.fn).value
 
-    def score(self, module: RLVRModule) -> pd.DataFrame:
-        """Sample and score the training questions now."""
-        with module.clock.part("score"):
-            return scores.score_questions(
-                self.questions["train"],
-                module.encode,
-                module.decode,
-                module.engine,
-                module.reward,
-                self.scoring,
-                module.sampling.max_new_tokens,
-                self.seed,
-            )
-
-    def save_scores(self, module: RLVRModule, path: Path) -> pd.DataFrame:
-        """Score the training questions and write the file that `scoring.file` reads."""
-        table = self.score(module)
-        scores.write_scores(table, path, self._manifest(module))
-        return table
-
     def _manifest(self, module: RLVRModule) -> dict[str, object]:
+        tokenizer = module.policy_source.tokenizer()
         return scores.manifest(
             self.questions["train"],
+            partial(module.prompt_format.encode, tokenizer),
             module.policy_source.fingerprint(),
             repr(module.prompt_format),
             repr(module.reward),
@@ -223,41 +256,45 @@ class RLVRDataModule(LightningDataModule):
             self.seed,
         )
 
-    def _in_order(self, table: pd.DataFrame) -> pd.DataFrame:
-        return table.set_index("uid").loc[[prompt.uid for prompt in self.questions["train"]]].reset_index()
-
-    def state_dict(self) -> dict[str, str | None]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the fingerprint of the order, by which a resumed run knows that it continues the same one."""
-        return {"order": self._order}
+        return {"order": self._order, "sampler": self.sampler.state_dict() if self.sampler else {}}
 
-    def load_state_dict(self, state: dict[str, str | None]) -> None:
-        """Take the fingerprint of the run that is resumed."""
-        self._order = state["order"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the order of the run that is resumed."""
+        self._order, self._sampler_state = state["order"], state["sampler"]
 
     # --- loaders ---------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[Prompt]:
         """Return the batches of the curriculum, from the one after the last that was trained on."""
-        module, trainer = self._module(), self._trainer()
-        table = self.scores(module) if self.curriculum.needs_scores else None
+        module = self._module()
         prompts = self.questions["train"]
-        sampler = CurriculumSampler(
-            self.curriculum.cut(len(prompts), table, self.seed),
-            self.curriculum.epochs,
-            self.prompts_per_batch,
-            self.seed,
-            trainer.global_rank,
-            trainer.world_size,
-            start=module.rollouts_done,
-        )
+        self.score_table = self.scores(module) if self.curriculum.needs_scores else None
+        for name, chosen in self.curriculum.dropped(self.score_table).items():
+            rank_zero_info(f"data.curriculum.{name}: dropped {chosen.sum()} of {len(prompts)} questions")
+        self.stages = self.curriculum.cut(prompts, self.score_table, self.seed)
+        self.sampler = sampler = self._sampler(module.rollouts_done)
         if self._order not in (None, sampler.fingerprint()):
             raise UserError(
                 "the checkpoint was trained on another order of questions, so its place in this one means nothing. Set "
                 "data.train, data.curriculum, data.scoring, data.prompts_per_batch and data.seed as they were."
             )
         self._order = sampler.fingerprint()
+        if self._sampler_state:
+            sampler.load_state_dict(self._sampler_state)
         collate = partial(PromptBatch, samples=self.group_size)
         return DataLoader(cast("Dataset[Prompt]", prompts), batch_sampler=sampler, collate_fn=collate)
+
+    def _sampler(self, start: int) -> CurriculumSampler:
+        trainer, curriculum = self._trainer(), self.curriculum
+        world = (trainer.global_rank, trainer.world_size)
+        settings = (self.stages, curriculum.passes, self.prompts_per_batch, self.seed, *world, start)
+        if curriculum.adaptive is None:
+            return CurriculumSampler(*settings)
+        prompts = self.questions["train"]
+        key, tie = curriculum.key(prompts, self.score_table), tie_break(len(prompts), self.seed)
+        return AdaptiveSampler(*settings, key=key, tie=tie, adaptive=curriculum.adaptive)
 
     def val_dataloader(self) -> DataLoader[Prompt] | list[DataLoader[Prompt]]:
         """Return the held-out questions; none if there is no `val`."""
@@ -276,3 +313,8 @@ class RLVRDataModule(LightningDataModule):
         mine = cast("Dataset[Prompt]", self.questions[split][trainer.global_rank :: trainer.world_size])
         collate = partial(PromptBatch, samples=self.eval_samples)
         return DataLoader(mine, batch_size=self.eval_prompts_per_batch, collate_fn=collate)
+
+
+def datamodule_of(trainer: Trainer) -> RLVRDataModule:
+    """Return the data module that a trainer was started with."""
+    return cast(RLVRDataModule, getattr(trainer, "datamodule"))  # noqa: B009 - set where types do not see it

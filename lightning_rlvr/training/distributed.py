@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 import torch
@@ -25,6 +25,16 @@ def all_ranks(here: bool) -> bool:
     agreed = torch.tensor(int(here), device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
     return bool(agreed)
+
+
+def gather_shares(mine: Sequence[float]) -> list[float]:
+    """Return the values of all ranks, where rank r holds every world-th from the r-th on; all hold equally many."""
+    if world_size() == 1:
+        return list(mine)
+    sent = torch.tensor(mine, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    parts = [torch.empty_like(sent) for _ in range(world_size())]
+    dist.all_gather(parts, sent)
+    return [float(value) for value in torch.stack(parts, dim=1).flatten()]
 
 
 def gather_stats(stats: TokenStats) -> tuple[TokenStats, slice]:

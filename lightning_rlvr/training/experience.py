@@ -77,6 +77,9 @@ class StepRecord(NamedTuple):
 class StepObserver(Callback):
     """A callback that is shown each rollout batch. Subclasses override what they need."""
 
+    def on_sampled(self, module: RLVRModule, batch: PromptBatch, experience: Experience) -> None:
+        """See what was sampled and judged for a batch of questions; dynamic sampling may keep it back or drop it."""
+
     def on_planned(self, module: RLVRModule, record: StepRecord) -> None:
         """See a rollout batch before the policy is updated on it."""
 

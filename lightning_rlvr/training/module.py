@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from lightning_rlvr.curriculum import CurriculumSampler
@@ -125,7 +126,7 @@ class RLVRModule(LightningModule):
                 "top_p 1, top_k 0; model.eval_sampling is free."
             )
         self.automatic_optimization = False
-        self.strict_loading = False  # the frozen reference is not in checkpoints
+        self.strict_loading = False  # the reference is not in checkpoints while it is the initial policy
         self.policy_source, self.objective, self.reward = policy, objective, reward
         self.sampling, self.eval_sampling = sampling, eval_sampling or sampling
         self.prompt_format = prompt_format
@@ -139,6 +140,7 @@ class RLVRModule(LightningModule):
         self.objective_state = objective.initial_state()
         self.recompute_logp = recompute_logp
         self._recording_agrees: bool | None = None  # with a recomputation, once that is known
+        self.reference_moved = False  # by a restart at a stage boundary
         self.clock = Clock()
         self._logged_seconds: dict[str, float] = {}
         self.val_metrics, self.test_metrics = EvaluationMetrics(pass_at), EvaluationMetrics(pass_at)
@@ -168,11 +170,21 @@ class RLVRModule(LightningModule):
         """Return the optimizer over the policy's parameters, with its schedule if there is one."""
         try:
             optimizer = self._optimizer(self.policy.parameters())
-            if self._lr_scheduler is None:
-                return optimizer
-            return [optimizer], [self._lr_scheduler(optimizer)]
+            schedules = [] if self._lr_scheduler is None else [self._lr_scheduler(optimizer)]
         except ValueError as error:
             raise UserError(f"{error}. Set model.optimizer or model.lr_scheduler.") from error
+        parts: list[Any] = [optimizer, *schedules]
+        self._fresh = copy.deepcopy([part.state_dict() for part in parts])
+        return [optimizer], schedules
+
+    def restart(self) -> None:
+        """Start optimizer and schedule anew, and take the policy as it is now as the reference."""
+        parts: list[Any] = [cast(LightningOptimizer, self.optimizers()).optimizer, self.lr_schedulers()]
+        for part, fresh in zip(parts, self._fresh, strict=False):  # without a schedule there is one state only
+            part.load_state_dict(copy.deepcopy(fresh))
+        if self.reference is not None:
+            self.reference.load_state_dict(self.policy.state_dict())
+            self.reference_moved = True
 
     @property
     def engine(self) -> Engine:
@@ -180,6 +192,12 @@ class RLVRModule(LightningModule):
         eos = self.policy.generation_config.eos_token_id or self.tokenizer.eos_token_id
         eos_ids = [eos] if isinstance(eos, int) else list(eos)
         return TransformersEngine(self.policy, eos_ids, self.tokenizer.pad_token_id, self.rollout_rows)
+
+    @property
+    def sampler(self) -> CurriculumSampler | None:
+        """The order of the training questions, if it is a curriculum's."""
+        sampler = getattr(self.trainer.train_dataloader, "batch_sampler", None)
+        return sampler if isinstance(sampler, CurriculumSampler) else None
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of the prompt for a question."""
@@ -198,6 +216,10 @@ class RLVRModule(LightningModule):
         """Train on one rollout batch: sample, judge, measure every token, plan, update."""
         with self.clock.part("step"):
             experience = self.experience(batch, self.sampling, f"rollout {self.rollouts_done}")
+            callbacks: list[Callback] = getattr(self.trainer, "callbacks")  # noqa: B009 - set where types do not see it
+            observers = [callback for callback in callbacks if isinstance(callback, StepObserver)]
+            for observer in observers:
+                observer.on_sampled(self, batch, experience)
             self.rollouts_done += 1
             if self.groups is not None:
                 full = self.groups.add(experience, batch.samples)
@@ -213,8 +235,6 @@ class RLVRModule(LightningModule):
                     ref_logp = self.reference_logp(experience.rollouts, stats.update)
             self.batches_trained += 1
             record = StepRecord(experience, stats, plan, ref_logp, batch.samples, self.batches_trained)
-            callbacks: list[Callback] = getattr(self.trainer, "callbacks")  # noqa: B009 - set where types do not see it
-            observers = [callback for callback in callbacks if isinstance(callback, StepObserver)]
             with self.clock.part("logging"):
                 for observer in observers:
                     observer.on_planned(self, record)
@@ -310,9 +330,8 @@ class RLVRModule(LightningModule):
         self.log_dict({f"seconds/{k}": v for k, v in spent.items()}, batch_size=1)
         self.log_dict({f"tokens_per_second/{k}": v for k, v in rates.items()}, batch_size=1)
         self.log("train/tokens_per_second", rate, batch_size=1)
-        sampler = getattr(self.trainer.train_dataloader, "batch_sampler", None)
-        if isinstance(sampler, CurriculumSampler):
-            self.log("train/stage", float(sampler.stage_of(self.rollouts_done - 1)), batch_size=1)
+        if self.sampler is not None:
+            self.log("train/stage", float(self.sampler.batch(self.rollouts_done - 1).stage), batch_size=1)
         self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
 
     # --- evaluation ------------------------------------------------------------------------------
@@ -350,9 +369,10 @@ class RLVRModule(LightningModule):
     # --- Lightning -------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out the frozen reference, which the policy's source gives again; keep what names the next step."""
+        """Leave out the reference while it is what the policy's source gives again; keep what names the next step."""
         weights = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("reference.")}
+        if not self.reference_moved:
+            checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("reference.")}
         checkpoint |= {name: getattr(self, name) for name in COUNTS}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -11,36 +11,45 @@ import torch
 from support import Counting, ManyVowels, TinyPolicy
 
 from lightning_rlvr.curriculum.score import (
+    NUMBERS,
     Scoring,
     cache_path,
     manifest,
     read_scores,
+    recompute,
     score_questions,
-    write_scores,
 )
 from lightning_rlvr.models.chat import PromptFormat
-from lightning_rlvr.ops.semantic_entropy import cluster_answers, semantic_entropy
+from lightning_rlvr.ops.semantic_entropy import cluster_groups, semantic_entropy
 from lightning_rlvr.rollout import TransformersEngine
+from lightning_rlvr.store import Store
 from lightning_rlvr.types import Prompt, Response, Status, UserError, Verdict
 
 COLUMNS = [
     "uid",
+    "question",
+    "gold",
     "semantic_entropy_discrete",
     "semantic_entropy_rao_blackwell",
     "semantic_entropy_likelihood",
     "clusters",
+    "majority",
+    "majority_correct",
     "pass_rate",
     "mean_token_entropy",
     "mean_length",
     "truncated",
     "unparsable",
     "answers",
+    "cluster",
     "correct",
     "logp",
     "length",
 ]
+LISTS = COLUMNS[-5:]
 SCORING = Scoring(samples=5, prompts_per_batch=3)
 MAX_NEW_TOKENS = 10
+ABOUT = {"made": "here"}
 
 
 class VowelsUpToThree(ManyVowels):
@@ -55,7 +64,7 @@ class VowelsUpToThree(ManyVowels):
 
 
 @pytest.fixture(scope="module")
-def run():
+def run(tmp_path_factory):
     """Score questions by the tiny policy in float64; keyword arguments replace what is used."""
     policy = TinyPolicy(0, "float64").load()
     with torch.no_grad():
@@ -68,9 +77,18 @@ def run():
             for ids, mask, truncated in zip(rollouts.response_ids, rollouts.mask, rollouts.truncated, strict=True)
         ]
 
-    def score(prompts=None, reward=None, scoring=SCORING, seed=0):
-        return score_questions(
-            Counting(7).load() if prompts is None else prompts,
+    def score(prompts=None, reward=None, scoring=SCORING, seed=0, path=None, ranks=(0,), world=1):
+        path = path or tmp_path_factory.mktemp("scores") / "scores.parquet"
+        prompts = Counting(7).load() if prompts is None else prompts
+        done = Store(path, ABOUT).done()
+        for rank in ranks:
+            score_part(prompts, reward, scoring, seed, Store(path, ABOUT, rank=rank), done, world)
+        Store(path, ABOUT).finish([prompt.uid for prompt in prompts])
+        return lists(pd.read_parquet(path))
+
+    def score_part(prompts, reward, scoring, seed, store, done, world):
+        score_questions(
+            prompts,
             lambda text: PromptFormat().encode(policy.tokenizer, text),
             decode,
             engine,
@@ -78,9 +96,17 @@ def run():
             scoring,
             MAX_NEW_TOKENS,
             seed,
+            store,
+            done,
+            world,
         )
 
     return score
+
+
+def lists(table):
+    """What is a list in a record is an array in what parquet gives back."""
+    return table.assign(**{column: table[column].map(list) for column in LISTS})
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +125,18 @@ def assert_same(got, expected):
 def test_one_row_a_question_in_the_order_given(scores):
     assert list(scores.columns) == COLUMNS
     assert scores["uid"].tolist() == [f"count:{i}" for i in range(7)]
-    for column in ("answers", "correct", "logp", "length"):
+    assert scores["question"].tolist() == [f"{i}=" for i in range(7)]
+    assert scores["gold"].tolist() == [str(i) for i in range(7)]
+    assert set(NUMBERS) < set(COLUMNS)
+    for column in LISTS:
         assert scores[column].map(len).tolist() == [5] * 7
 
 
 def test_entropies_follow_from_the_samples_stored_beside_them(scores):
     together = VowelsUpToThree()
     for row in scores.to_dict("records"):
-        labels = cluster_answers(row["answers"], lambda a, b: together.equivalent([(a, b)])[0])
+        labels = cluster_groups([row["answers"]], together.equivalent)[0]
+        assert row["cluster"] == labels
         assert row["clusters"] == len(set(labels))
         masses = {
             "discrete": [1.0] * 5,
@@ -138,12 +168,83 @@ def test_rates_and_counts_follow_from_the_samples(scores):
     assert 0 < scores["truncated"].sum() < 35
 
 
-def test_unparsable_answers_may_be_one_cluster(run, scores):
-    got = run(scoring=replace(SCORING, unparsable="one_cluster"))
+def test_the_majority_is_the_most_frequent_parsed_answer(scores):
+    for row in scores.to_dict("records"):
+        parsed = [k for k, answer in zip(row["cluster"], row["answers"], strict=True) if answer is not None]
+        most = max(parsed, key=parsed.count, default=None)
+        assert row["majority"] == parsed.count(most) / 5
+        assert row["majority_correct"] == (most is not None and row["correct"][row["cluster"].index(most)])
+    assert scores["majority_correct"].nunique() == 2
+
+
+def test_without_a_parsed_answer_there_is_no_majority(run):
+    class Silent(ManyVowels):
+        def _judge(self, text):
+            return Verdict(0.0, Status.UNPARSABLE)
+
+    got = run(reward=Silent())
+    assert got["majority"].tolist() == [0.0] * 7
+    assert not got["majority_correct"].any()
+    assert got["clusters"].tolist() == [5] * 7
+    assert recompute(got, "one_cluster")["semantic_entropy_likelihood"].tolist() == [0.0] * 7
+
+
+def test_unparsable_answers_may_be_one_cluster_without_sampling_again(scores):
+    got = recompute(scores, "one_cluster")
     assert got["answers"].tolist() == scores["answers"].tolist()
     extra = (scores["unparsable"] - 1).clip(lower=0)
     assert extra.max() > 0
     assert (scores["clusters"] - got["clusters"]).tolist() == extra.tolist()
+    for row in got.to_dict("records"):
+        assert row["cluster"] == cluster_groups([row["answers"]], VowelsUpToThree().equivalent, "one_cluster")[0]
+        logp, length = torch.tensor(row["logp"], dtype=torch.float64), torch.tensor(row["length"])
+        for name in ("discrete", "rao_blackwell", "likelihood"):
+            expected = semantic_entropy(torch.tensor(row["cluster"]), logp, length, name)
+            assert row[f"semantic_entropy_{name}"] == expected
+    pd.testing.assert_frame_equal(recompute(got, "own_cluster_each"), scores)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours runs after it."""
+
+
+@pytest.mark.parametrize("ranks", [(0,), (0, 1), (1, 0)])
+def test_interrupted_and_shared_out_it_is_the_same_file(run, tmp_path, ranks):
+    run(path=tmp_path / "whole.parquet")
+    left = [1, 1]
+
+    class Mortal(VowelsUpToThree):
+        def __call__(self, responses, prompts):
+            if left[0] == 0:
+                left[0] = left.pop() if len(left) > 1 else 99
+                raise Killed
+            left[0] -= 1
+            return super().__call__(responses, prompts)
+
+    path, kills = tmp_path / "parts.parquet", 0
+    while not path.exists():
+        try:
+            run(path=path, reward=Mortal(), ranks=ranks, world=len(ranks))
+        except Killed:
+            kills += 1
+    assert kills == 2
+    assert path.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+def test_no_question_is_sampled_twice(run, tmp_path):
+    asked = []
+
+    class Asked(VowelsUpToThree):
+        def __call__(self, responses, prompts):
+            asked.extend(prompt.uid for prompt in prompts[::5])
+            if len(asked) == 6:
+                raise Killed
+            return super().__call__(responses, prompts)
+
+    with pytest.raises(Killed):
+        run(path=tmp_path / "a.parquet", reward=Asked())
+    run(path=tmp_path / "a.parquet", reward=Asked())
+    assert asked == [f"count:{i}" for i in (0, 1, 2, 3, 4, 5, 3, 4, 5, 6)]  # the batch under way is done anew
 
 
 def test_the_same_again(run, scores):
@@ -216,7 +317,8 @@ def about(**changes):
         "max_new_tokens": MAX_NEW_TOKENS,
         "seed": 0,
     }
-    return manifest(prompts, scoring=scoring, **{**settings, **changes})
+    encode = changes.pop("encode", lambda text: [ord(c) for c in text])
+    return manifest(prompts, encode, scoring=scoring, **{**settings, **changes})
 
 
 DIFFERENT = [
@@ -227,7 +329,7 @@ DIFFERENT = [
     {"seed": 1},
     {"scoring": replace(SCORING, samples=6)},
     {"scoring": replace(SCORING, temperature=0.9)},
-    {"scoring": replace(SCORING, unparsable="one_cluster")},
+    {"encode": lambda text: [ord(c) + 1 for c in text]},
     {"prompts": Counting(8).load()},
     {"prompts": Counting(7, start=1).load()},
     {"prompts": Counting(7).load()[::-1]},
@@ -243,7 +345,7 @@ def test_the_cache_has_a_place_for_each_manifest(tmp_path):
 
 
 def test_what_changes_no_score_changes_no_place(tmp_path):
-    same = about(scoring=replace(SCORING, prompts_per_batch=99, file="somewhere.parquet"))
+    same = about(scoring=replace(SCORING, prompts_per_batch=99, file="somewhere.parquet", unparsable="one_cluster"))
     assert same == about()
     assert cache_path(tmp_path, same) == cache_path(tmp_path, about())
     assert cache_path(tmp_path, dict(reversed(about().items()))) == cache_path(tmp_path, about())
@@ -252,40 +354,23 @@ def test_what_changes_no_score_changes_no_place(tmp_path):
 # --- files -----------------------------------------------------------------------------------------
 
 
+def write(scores, path, manifest):
+    store = Store(path, manifest)
+    store.append(scores.to_dict("records"))
+    store.finish(scores["uid"].tolist())
+
+
 def test_round_trip(tmp_path, scores):
     path = tmp_path / "deep" / "down" / "scores.parquet"
-    write_scores(scores, path, about())
-    got = read_scores(path, about())
-    for column in ("answers", "correct", "logp", "length"):
-        got[column] = got[column].map(list)
-    pd.testing.assert_frame_equal(got, scores)
-    assert [p.name for p in path.parent.iterdir()] == ["scores.parquet"]  # no half-written file stays
-
-
-def test_writing_again_replaces(tmp_path, scores):
-    path = tmp_path / "scores.parquet"
-    write_scores(scores, path, about())
-    write_scores(scores.iloc[:2], path, about(seed=1))
-    assert len(read_scores(path, about(seed=1))) == 2
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, scores, monkeypatch):
-    path = tmp_path / "scores.parquet"
-    write_scores(scores, path, about())
-
-    def full(table, where):
-        where.write_bytes(b"half a file")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(pq, "write_table", full)
-    with pytest.raises(OSError, match="no space"):
-        write_scores(scores, path, about(seed=1))
-    assert len(read_scores(path, about())) == 7
+    write(scores, path, about())
+    pd.testing.assert_frame_equal(lists(read_scores(path, about(), "own_cluster_each")), scores)
+    one = read_scores(path, about(), "one_cluster")
+    pd.testing.assert_frame_equal(one, recompute(scores, "one_cluster"))
 
 
 def test_scores_can_be_read_by_others(tmp_path, scores):
     path = tmp_path / "scores.parquet"
-    write_scores(scores, path, about())
+    write(scores, path, about())
     assert pd.read_parquet(path)["uid"].tolist() == scores["uid"].tolist()
     assert json.loads(pq.read_schema(path).metadata[b"manifest"]) == about()
 
@@ -293,10 +378,10 @@ def test_scores_can_be_read_by_others(tmp_path, scores):
 @pytest.mark.parametrize("changes", DIFFERENT, ids=lambda x: next(iter(x)))
 def test_scores_of_something_else_are_refused_and_the_difference_is_named(tmp_path, scores, changes):
     path = tmp_path / "scores.parquet"
-    write_scores(scores, path, about())
+    write(scores, path, about())
     wanted = about(**changes)
     with pytest.raises(UserError, match="made for something else") as caught:
-        read_scores(path, wanted)
+        read_scores(path, wanted, "own_cluster_each")
     lines = [line.strip() for line in str(caught.value).splitlines()[1:-1]]
     stored = about()
     assert lines == [
@@ -309,8 +394,8 @@ def test_scores_of_something_else_are_refused_and_the_difference_is_named(tmp_pa
 def test_a_parquet_file_that_holds_no_scores_is_refused(tmp_path):
     path = tmp_path / "other.parquet"
     pq.write_table(pa.table({"a": np.arange(3)}), path)
-    with pytest.raises(UserError, match="policy: the file has None, this run 'tiny'"):
-        read_scores(path, about())
+    with pytest.raises(UserError, match=r"cannot read .*other\.parquet"):
+        read_scores(path, about(), "own_cluster_each")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"uid,score\n1,2\n", b"PAR1 nothing else PAR1"])
@@ -318,5 +403,5 @@ def test_what_is_missing_or_no_parquet_file_is_refused(tmp_path, content):
     path = tmp_path / "scores.parquet"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=r"cannot read the scores .*scores\.parquet.*Set data\.scoring\.file, or null"):
-        read_scores(path, about())
+    with pytest.raises(UserError, match=r"cannot read .*scores\.parquet.*Set data\.scoring\.file, or null"):
+        read_scores(path, about(), "own_cluster_each")

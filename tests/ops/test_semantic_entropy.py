@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_rlvr.ops.semantic_entropy import cluster_answers, semantic_entropy
+from lightning_rlvr.ops.semantic_entropy import cluster_groups, semantic_entropy
 
 ANSWERS = st.lists(st.sampled_from(["0", "1", "2", "3", "4", None]), max_size=10)
 POLICIES = st.sampled_from(["own_cluster_each", "one_cluster"])
@@ -14,6 +14,11 @@ POLICIES = st.sampled_from(["own_cluster_each", "one_cluster"])
 
 def close(a, b):
     return abs(int(a) - int(b)) <= 1  # not transitive: 0 ~ 1 ~ 2 but not 0 ~ 2
+
+
+def cluster_answers(answers, equivalent, unparsable="own_cluster_each"):
+    """The answers to one question, by a verdict on one pair."""
+    return cluster_groups([answers], lambda pairs: [equivalent(a, b) for a, b in pairs], unparsable)[0]
 
 
 def clusters_by_loop(answers, unparsable):
@@ -36,6 +41,21 @@ def clusters_by_loop(answers, unparsable):
 @settings(max_examples=50, deadline=None)
 def test_clusters_are_first_matches_against_representatives(answers, unparsable):
     assert cluster_answers(answers, close, unparsable) == clusters_by_loop(answers, unparsable)
+
+
+@given(st.lists(ANSWERS, max_size=5), POLICIES)
+@settings(max_examples=50, deadline=None)
+def test_many_questions_at_once_are_each_alone(groups, unparsable):
+    calls = []
+
+    def equivalent(pairs):
+        calls.append(len(pairs))
+        return [close(a, b) for a, b in pairs]
+
+    got = cluster_groups(groups, equivalent, unparsable)
+    assert got == [clusters_by_loop(answers, unparsable) for answers in groups]
+    assert 0 not in calls
+    assert len(calls) <= max((len({a for a in answers if a is not None}) for answers in groups), default=0)
 
 
 def test_non_transitive_equivalence_follows_the_sample_order():
@@ -74,6 +94,13 @@ def test_identical_texts_share_a_cluster_even_if_nothing_is_equivalent():
     assert cluster_answers(["a", "b", "a"], lambda a, b: False) == [0, 1, 0]
 
 
+def test_an_empty_text_may_equal_another_answer_while_other_questions_go_on():
+    assert cluster_groups([["x", ""], ["a", "b", "c"]], lambda pairs: [b == "" for _, b in pairs]) == [
+        [0, 0],
+        [0, 1, 2],
+    ]
+
+
 def test_unparsable_answers_by_policy():
     answers = [None, "5", None, "5", None]
     assert cluster_answers(answers, close, "own_cluster_each") == [0, 1, 2, 1, 3]
@@ -93,6 +120,22 @@ def test_equivalence_sees_no_unparsable_answer():
 
 def test_no_answers_no_clusters():
     assert cluster_answers([], close) == []
+
+
+@pytest.mark.parametrize("level", [0.0, -2000.0])
+def test_closed_forms(level):
+    """2 + 1 + 1 samples: masses known, at any level of log-probability."""
+    labels = torch.tensor([0, 1, 0, 2])
+    logp = level + torch.tensor([0.0, math.log(2), math.log(3), math.log(2)], dtype=torch.float64)
+    lengths = torch.ones(4, dtype=torch.long)
+    two_one_one = 1.5 * math.log(2)  # p = 1/2, 1/4, 1/4: also of the masses 1 + 3, 2, 2
+    for estimator in ("discrete", "rao_blackwell", "likelihood"):
+        assert abs(semantic_entropy(labels, logp, lengths, estimator) - two_one_one) < 1e-12
+    by_length = torch.tensor([2000, 1000, 2000, 1000])  # exp(-1) for all: the masses are the counts
+    same = torch.tensor([-2000.0, -1000.0, -2000.0, -1000.0], dtype=torch.float64)
+    assert abs(semantic_entropy(labels, same, by_length, "rao_blackwell") - two_one_one) < 1e-12
+    one_wins = semantic_entropy(labels, same, by_length, "likelihood")  # exp(-1000) and exp(-1000) against nothing
+    assert abs(one_wins - math.log(2)) < 1e-12
 
 
 @pytest.mark.parametrize("estimator", ["discrete", "rao_blackwell", "likelihood"])
