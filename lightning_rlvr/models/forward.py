@@ -197,8 +197,9 @@ def _no_loss(logp: Tensor, entropy: Tensor | None, rows: slice) -> Tensor:
 def _spread(logp: Tensor, entropy: Tensor | None, mask: Tensor) -> TokenValues:
     """Put values of the counted tokens, row by row, at their places."""
     room = logp.new_zeros(mask.shape)
-    spread = (None if x is None else room.masked_scatter(mask, x) for x in (logp, entropy))
-    return TokenValues(*spread, None)
+    return TokenValues(
+        room.masked_scatter(mask, logp), None if entropy is None else room.masked_scatter(mask, entropy), None
+    )
 
 
 def _plain(

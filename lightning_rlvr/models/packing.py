@@ -50,7 +50,7 @@ def packed_states(backbone: nn.Module, rollouts: Rollouts) -> States:
             response = rollouts.response_ids[rows, : width - 1]
             # What lies behind a response's end needs no mask: no token looks ahead.
             known = torch.cat([seen[whose], torch.ones_like(response, dtype=torch.bool)], dim=1)
-            shared = DynamicCache([(layer.keys[whose], layer.values[whose]) for layer in cache.layers])
+            shared = DynamicCache([(keys[whose], values[whose]) for keys, values, *_ in cache])
             states = torch.cat([states, _run(backbone, response, known, shared)], dim=1)
         counted = rollouts.mask[rows, :width].flatten().nonzero().squeeze(-1)
         states = states.flatten(0, 1)

@@ -1,5 +1,6 @@
 """The training step as a whole."""
 
+from dataclasses import replace
 from functools import partial
 
 import lightning
@@ -149,11 +150,16 @@ def test_recorded_statistics_are_not_taken_where_they_differ(tmp_path, passes, m
 def test_rows_that_teach_nothing_are_skipped_and_counted(tmp_path, monkeypatch):
     from lightning_rlvr.training import update
 
-    module, trainer = train(tmp_path, objective=GRPO())
+    class EvenAreAlike(ManyVowels):
+        def __call__(self, responses, prompts):
+            pairs = zip(super().__call__(responses, prompts), prompts, strict=True)
+            return [replace(verdict, score=0.5) if int(p.answer) % 2 == 0 else verdict for verdict, p in pairs]
+
+    module, trainer = train(tmp_path, objective=GRPO(), reward=EvenAreAlike())
     share = float(trainer.logged_metrics["train/skipped_rows"])
     assert 0 < share == trainer.logged_metrics["train/tied_groups"]
     monkeypatch.setattr(update, "idle_rows", lambda objective, plan: torch.zeros(len(plan.weight), dtype=torch.bool))
-    other, all_rows = train(tmp_path, objective=GRPO())
+    other, all_rows = train(tmp_path, objective=GRPO(), reward=EvenAreAlike())
     assert all_rows.logged_metrics["train/skipped_rows"] == 0
     for name, weight in weights(other).items():
         torch.testing.assert_close(weights(module)[name], weight, rtol=0, atol=1e-10)
