@@ -38,6 +38,10 @@ class DynamicDecoder(Decoder):
     joins = False
     SLACK = 0.75  # the cache is copied without the ended rows when no more than this share is left
 
+    cache: DynamicCache
+    seen: Bool[Tensor, "S C"]  # by each row of the cache
+    slot: Int[Tensor, " R"]  # in the cache, of each row
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
@@ -46,7 +50,7 @@ class DynamicDecoder(Decoder):
         logits, self.cache = read_prompts(self.model, ids, mask)
         self.cache.batch_repeat_interleave(samples)
         self.seen = mask.repeat_interleave(samples, dim=0)
-        self.slot = torch.arange(len(self.seen), device=ids.device)  # of each row in the cache
+        self.slot = torch.arange(len(self.seen), device=ids.device)
         return logits
 
     def step(self, token: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:

@@ -37,8 +37,7 @@ class SharedPrefixDecoder(Decoder):
 
     Args:
         model: in evaluation mode.
-        groups: the most prompts at a time.
-        samples: rows of a prompt.
+        rows: the most at a time.
         limit: the most tokens of a response.
 
     Raises: NotPlainError in the first `step` if a layer's attention is not plain after all.
@@ -46,8 +45,8 @@ class SharedPrefixDecoder(Decoder):
 
     joins = True
 
-    def __init__(self, model: PreTrainedModel, groups: int, samples: int, limit: int) -> None:
-        self.model, self.samples, self.limit, self.capacity = model, samples, limit, groups
+    def __init__(self, model: PreTrainedModel, rows: int, limit: int) -> None:
+        self.model, self.rows, self.limit = model, rows, limit
         self.layout = Layout(model.device)
         self.layers: list[SharedPrefixLayer] = []
 
@@ -63,18 +62,17 @@ class SharedPrefixDecoder(Decoder):
         )
 
     def read(self, ids: Int[Tensor, "B P"], mask: Bool[Tensor, "B P"], samples: int) -> Float[Tensor, "B V"]:
-        """Append rows, as long as there is room for groups."""
+        """Append rows, for which there must be room."""
         logits, cache = read_prompts(self.model, ids, mask)
         layout, lengths = self.layout, mask.sum(dim=1).tolist()
         if not self.layers:
             self.layers = [SharedPrefixLayer(layout) for _ in cache.layers]
-            self.cache = Cache(layers=self.layers)
+            self.cache = Cache(layers=list(self.layers))
             layout.width = ids.shape[1]
-            columns = layout.width + self.limit
-            layout.bias = logits.new_zeros(self.capacity * samples, columns, dtype=self.model.dtype)
-            layout.position = mask.new_zeros(self.capacity * samples, 1, dtype=torch.long)
-        for layer, source in zip(self.layers, cache.layers, strict=True):
-            layer.load(source.keys, source.values, len(layout.bias), self.limit)
+            layout.bias = logits.new_zeros(self.rows, layout.width + self.limit, dtype=self.model.dtype)
+            layout.position = mask.new_zeros(self.rows, 1, dtype=torch.long)
+        for layer, (keys, values, *_) in zip(self.layers, cache, strict=True):
+            layer.load(keys, values, self.rows, self.limit)
         layout.append(mask, lengths, samples)
         return logits
 
@@ -104,7 +102,8 @@ class SharedPrefixDecoder(Decoder):
         """Fill the places of ended rows, and of prompts without rows, with the last ones."""
         rows = Filling(alive)
         group = [self.layout.group[row] for row in rows.order]
-        groups = Filling([g in set(group) for g in range(len(self.layout.length))])
+        live = set(group)
+        groups = Filling([g in live for g in range(len(self.layout.length))])
         for layer in self.layers:
             layer.fill(rows, groups)
         self.layout.fill(rows, groups, group)
@@ -204,6 +203,11 @@ class Layout:
 class SharedPrefixLayer(DynamicLayer):
     """A layer's keys and values: of prompts [B, K, P, D], left-padded; of responses [T, S, K, D]."""
 
+    prompt_keys: Tensor
+    prompt_values: Tensor
+    own_keys: Tensor
+    own_values: Tensor
+
     def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.layout = layout
@@ -213,19 +217,19 @@ class SharedPrefixLayer(DynamicLayer):
         at = self.layout
         first, left = len(at.length), at.width - keys.shape[2]
         if not self.is_initialized:
-            self.keys, self.values = (x.new_empty(limit, rows, x.shape[1], x.shape[3]) for x in (keys, values))
+            self.own_keys, self.own_values = (x.new_empty(limit, rows, x.shape[1], x.shape[3]) for x in (keys, values))
             self.prompt_keys, self.prompt_values, self.is_initialized = keys, values, True
             return
         self.prompt_keys, self.prompt_values = (
             torch.cat([old[:first], pad(new, (0, 0, left, 0))])
             for old, new in ((self.prompt_keys, keys), (self.prompt_values, values))
         )
-        for own in (self.keys, self.values):
+        for own in (self.own_keys, self.own_values):
             own[: at.filled, len(at.group) :] = 0  # masked, but what was never written may be nan
 
     def fill(self, rows: Filling, groups: Filling) -> None:
         """Fill the places of what has ended."""
-        for own in (self.keys, self.values):
+        for own in (self.own_keys, self.own_values):
             rows.apply(own[: self.layout.filled], dim=1)
         for prompts in (self.prompt_keys, self.prompt_values):
             groups.apply(prompts)
@@ -236,7 +240,7 @@ class SharedPrefixLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the new keys and values [R, K, 1, D], and mark them so that attention finds this layer."""
-        for states, own in ((key_states, self.keys), (value_states, self.values)):
+        for states, own in ((key_states, self.own_keys), (value_states, self.own_values)):
             own[self.layout.column, : len(states)] = states[:, :, 0]
             setattr(states, LAYER, self)
         return key_states, value_states
@@ -246,11 +250,11 @@ class SharedPrefixLayer(DynamicLayer):
         at = self.layout
         at.attended += 1
         R, H = query.shape[:2]
-        K = self.keys.shape[2]
+        K = self.own_keys.shape[2]
         B, P, T = len(at.length), at.longest, at.filled
         left = at.width - P
         prompt_keys, prompt_values = (x[:B, :, left:].flatten(0, 1) for x in (self.prompt_keys, self.prompt_values))
-        own_keys, own_values = (x[:T, :R].flatten(1, 2).transpose(0, 1) for x in (self.keys, self.values))
+        own_keys, own_values = (x[:T, :R].flatten(1, 2).transpose(0, 1) for x in (self.own_keys, self.own_values))
 
         query = query.reshape(R, H, -1) * scaling
         shared = self._unpacked(torch.bmm(self._packed(query), prompt_keys.transpose(1, 2)), H)
@@ -266,14 +270,14 @@ class SharedPrefixLayer(DynamicLayer):
 
     def _packed(self, values: Float[Tensor, "R H D"]) -> Float[Tensor, "M N D"]:
         """Lay the rows of a prompt side by side: [B * K, G * H / K, D]."""
-        at, K = self.layout, self.keys.shape[2]
+        at, K = self.layout, self.own_keys.shape[2]
         values = values if at.pack is None else values.index_select(0, at.pack)
         values = values.reshape(len(at.length), at.widest, K, -1, values.shape[-1])
         return values.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
     def _unpacked(self, values: Float[Tensor, "M N D"], heads: int) -> Float[Tensor, "R H D"]:
         """Undo `_packed`."""
-        at, K = self.layout, self.keys.shape[2]
+        at, K = self.layout, self.own_keys.shape[2]
         values = values.view(len(at.length), K, at.widest, heads // K, -1)
         values = values.transpose(1, 2).reshape(len(at.length) * at.widest, heads, -1)
         return values if at.unpack is None else values.index_select(0, at.unpack)
@@ -289,13 +293,10 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Hand a step's attention to the layer that stored its keys, if they come untouched from there."""
-    layer = getattr(key, LAYER, None)
-    if (
-        layer is None
-        or getattr(value, LAYER, None) is not layer
-        or attention_mask is not layer.layout.mask
-        or any(kwargs.get(name) is not None for name in BEYOND_SOFTMAX)
-    ):
+    layer: Any = getattr(key, LAYER, None)
+    of_values: Any = getattr(value, LAYER, None)
+    untouched = layer is not None and layer is of_values and attention_mask is layer.layout.mask
+    if not untouched or any(kwargs.get(name) is not None for name in BEYOND_SOFTMAX):
         raise NotPlainError(type(module).__name__)
     return layer.attend(query, query.shape[-1] ** -0.5 if scaling is None else scaling), None
 

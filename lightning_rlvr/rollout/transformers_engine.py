@@ -60,19 +60,20 @@ class TransformersEngine(Engine):
 
         groups = min(len(batch.prompt_ids), max(1, self.max_rows // batch.samples))
         if SharedPrefixDecoder.supports(self.model):
-            limit = batch.sampling.max_new_tokens
+            rows = groups * batch.samples
             try:
-                return self._run(SharedPrefixDecoder(self.model, groups, batch.samples, limit), batch, groups)
-            except NotPlainError:
-                pass  # nothing of the model is changed, and all that was sampled is sampled again
-        return self._run(DynamicDecoder(self.model), batch, groups)
+                self._run(SharedPrefixDecoder(self.model, rows, batch.sampling.max_new_tokens), batch, groups)
+                return
+            except NotPlainError:  # in the first step: the one token sampled so far is sampled again
+                pass
+        self._run(DynamicDecoder(self.model), batch, groups)
 
     def _run(self, decoder: Decoder, batch: _Batch, groups: int) -> None:
         """Work off all prompts, at most `groups` at a time."""
         waiting = batch.prompt_mask.sum(dim=1).argsort(descending=True, stable=True)
         row = batch.random.new_zeros(0, dtype=torch.long)  # in the batch, of each response in the making
-        length, logits = row, None  # of each so far; of its next token
-        while True:
+        length, logits = row, batch.random[:0]  # of each so far; of its next token
+        while len(row) or len(waiting):
             room = groups - -(-len(row) // batch.samples)
             if len(waiting) and room and (decoder.joins or not len(row)):
                 coming, waiting = waiting[:room], waiting[room:]
@@ -91,8 +92,6 @@ class TransformersEngine(Engine):
                 row, length, token = row[order], length[order], token[order]
             if len(row):
                 logits = decoder.step(token)
-            elif not len(waiting):
-                return
 
     def _ends(self, token: Int[Tensor, " R"], row: Int[Tensor, " R"], length: Int[Tensor, " R"]) -> Bool[Tensor, " R"]:
         """Say which responses end with this token; `row` is their place in the batch, `length` theirs so far."""

@@ -7,6 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from lightning_rlvr.rollout import sampling as sampling_module
 from lightning_rlvr.rollout.sampling import draw, seed_of, truncate, uniforms
 from lightning_rlvr.types import Sampling, UserError
 
@@ -129,6 +130,32 @@ def test_rows_are_drawn_apart():
     for i in range(6):
         for a, b in zip(draw(logits[i : i + 1], u[i : i + 1], sampling), whole, strict=True):
             torch.testing.assert_close(a, b[i : i + 1], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("vocabulary", [255, 256, 257, 900])
+def test_vocabularies_of_several_chunks_are_inverted_exactly(vocabulary):
+    g = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(5, vocabulary, generator=g, dtype=torch.float64) * 3
+    logits[1, 200:700] = -math.inf  # whole chunks without probability
+    logits[2, :-1] = -math.inf
+    u = torch.rand(5, 400, generator=g, dtype=torch.float64)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    expected = torch.searchsorted(cumulative / cumulative[:, -1:], u, right=True)
+    drawn = draw(logits.repeat_interleave(400, 0), u.flatten(), ALL)
+    assert torch.equal(drawn.token.view(5, 400), expected)
+    logp = logits.log_softmax(-1)
+    torch.testing.assert_close(drawn.logp.view(5, 400), logp.gather(1, expected), rtol=0, atol=1e-12)
+    entropy = -(logp.exp() * logp.clamp(min=-1e9)).sum(-1)
+    torch.testing.assert_close(drawn.entropy.view(5, 400), entropy[:, None].expand(5, 400), rtol=0, atol=1e-12)
+
+
+def test_rows_are_worked_on_in_blocks_without_a_difference(monkeypatch):
+    logits = torch.randn(7, 300, generator=torch.Generator().manual_seed(4))
+    u = uniforms(5, 7, 1).squeeze(1)
+    whole = draw(logits, u, ALL)
+    monkeypatch.setattr(sampling_module, "BLOCK", 700)
+    for a, b in zip(draw(logits, u, ALL), whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 def test_half_precision_logits_are_scored_in_float32():

@@ -1,0 +1,281 @@
+"""The two decoders: several model families, responses that join and leave, and what is left behind."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_rlvr.rollout import TransformersEngine, decoder
+from lightning_rlvr.rollout import shared_prefix as shared
+from lightning_rlvr.rollout.sampling import draw, uniforms
+from lightning_rlvr.types import Sampling
+
+PAD, NEVER = 0, 10_000
+PROMPTS = [[40, 41, 42], [7], [5, 6, 7, 8, 9, 10, 11], [60, 3, 3, 20], [33, 2], [9] * 6]
+SEEDS = [11, 22, 33, 44, 55, 66]
+SAMPLING = Sampling(max_new_tokens=12)
+ENDS = range(1, 12)  # about every sixth token
+WINDOW = 5
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": PAD,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+SHARED = {
+    "llama": GROUPED,
+    "qwen2": {**SMALL, "num_key_value_heads": 1},
+    "qwen3": {**GROUPED, "head_dim": 12},
+    "mistral": {**GROUPED, "sliding_window": None},
+    "gpt_neox": SMALL,
+}
+OTHERS = {
+    "mistral": {**GROUPED, "sliding_window": WINDOW},
+    "gemma3_text": {**GROUPED, "sliding_window": WINDOW, "head_dim": 8},
+    "diffllama": GROUPED,  # its layers attend twice, to parts of the values
+}
+FAMILIES = [(name, "shared") for name in SHARED] + [(name, "other") for name in OTHERS]
+
+
+def build(name, kind="shared", dtype=torch.float64, attention="sdpa"):
+    """A tiny model of a family with random weights, and logits that matter."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = (SHARED if kind == "shared" else OTHERS)[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings), attn_implementation=attention)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(4 if weight.dim() > 1 else 1)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build("llama")
+
+
+def generate(model, samples=3, sampling=SAMPLING, prompts=PROMPTS, seeds=SEEDS, ends=ENDS, **kwargs):
+    return TransformersEngine(model, list(ends), PAD, **kwargs).generate(prompts, seeds, samples, sampling)
+
+
+@torch.no_grad()
+def plain(model, samples=3, sampling=SAMPLING, prompts=PROMPTS, seeds=SEEDS, ends=ENDS):
+    """Each response by itself: no batch, no padding, no cache."""
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        for random in uniforms(seed, samples, sampling.max_new_tokens):
+            ids, values = list(prompt), []
+            for u in random:
+                drawn = draw(model(input_ids=torch.tensor([ids]), use_cache=False).logits[:, -1], u[None], sampling)
+                ids.append(int(drawn.token))
+                values.append((float(drawn.logp), float(drawn.entropy)))
+                if ids[-1] in ends:
+                    break
+            yield ids[len(prompt) :], torch.tensor(values, dtype=torch.float64).T
+
+
+def assert_equal_to_plain(got, expected):
+    expected = list(expected)
+    assert [ids[mask].tolist() for ids, mask in zip(got.response_ids, got.mask, strict=True)] == [
+        e[0] for e in expected
+    ]
+    for i, (ids, (logp, entropy)) in enumerate(expected):
+        torch.testing.assert_close(got.logp[i, : len(ids)], logp, rtol=0, atol=1e-10)
+        torch.testing.assert_close(got.entropy[i, : len(ids)], entropy, rtol=0, atol=1e-10)
+        assert bool(got.truncated[i]) == (ids[-1] not in ENDS)
+    assert len({len(ids) for ids, _ in expected}) > 3  # otherwise little was tested
+
+
+class Calls:
+    """Records rows and width of each pass of the model, and the decoders that made them."""
+
+    def __init__(self, model, monkeypatch):
+        self.shapes, self.decoders = [], Counter()
+        self.handle = model.register_forward_pre_hook(self._forward, with_kwargs=True)
+        for kind in (shared.SharedPrefixDecoder, decoder.DynamicDecoder):
+            monkeypatch.setattr(kind, "step", self._step(kind, kind.step))
+
+    def _forward(self, model, args, kwargs):
+        self.shapes.append(tuple(kwargs["input_ids"].shape))
+
+    def _step(self, kind, step):
+        def counted(decoder, token):
+            logits = step(decoder, token)
+            self.decoders[kind] += 1
+            return logits
+
+        return counted
+
+
+# --- families --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_rows", [256, 7])
+@pytest.mark.parametrize(("name", "kind"), FAMILIES)
+def test_equals_a_plain_loop(name, kind, max_rows, monkeypatch):
+    model = build(name, kind)
+    calls = Calls(model, monkeypatch)
+    got = generate(model, max_rows=max_rows)
+    calls.handle.remove()
+    assert_equal_to_plain(got, plain(model))
+    assert set(calls.decoders) == {shared.SharedPrefixDecoder if kind == "shared" else decoder.DynamicDecoder}
+
+
+def test_attention_that_turns_out_not_to_be_plain_is_left_to_the_model(monkeypatch):
+    monkeypatch.setattr(shared.SharedPrefixDecoder, "supports", staticmethod(lambda model: True))
+    for name in OTHERS:
+        model = build(name, "other")
+        implementation = model.config._attn_implementation
+        assert_equal_to_plain(generate(model), plain(model))
+        assert model.config._attn_implementation == implementation
+
+
+def test_attention_that_does_not_ask_is_noticed(llama, monkeypatch):
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def deaf(*args, **kwargs):  # as a layer would that calls a kernel of its own
+        return sdpa_attention_forward(*args, **kwargs)
+
+    monkeypatch.setitem(shared.AttentionInterface._global_mapping, shared.NAME, deaf)
+    assert_equal_to_plain(generate(llama), plain(llama))
+
+
+def test_attention_of_a_models_own_agrees_in_float32(monkeypatch):
+    got = generate(build("llama", dtype=torch.float32))
+    model = build("llama", dtype=torch.float32, attention="eager")
+    calls = Calls(model, monkeypatch)
+    expected = generate(model)
+    assert set(calls.decoders) == {decoder.DynamicDecoder}
+    assert torch.equal(got.response_ids, expected.response_ids)
+    torch.testing.assert_close(got.logp, expected.logp, rtol=0, atol=1e-4)
+    assert got.logp.dtype == torch.float32
+
+
+def test_half_precision_is_met_by_the_training_pass():
+    from lightning_rlvr.models.forward import response_logp
+
+    model = build("llama", dtype=torch.bfloat16)
+    got = generate(model)
+    again = response_logp(model, got, 1.0).logp.detach()
+    assert got.logp.dtype == torch.float32
+    assert float((got.logp - again)[got.mask].abs().mean()) < 0.1
+
+
+# --- joining and leaving ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("prompts", [PROMPTS * 4, [[12 + i, 5] for i in range(24)]], ids=["unequal", "equal"])
+def test_waiting_prompts_take_the_places_of_ended_rows(llama, monkeypatch, samples, prompts):
+    seeds = list(range(24))
+    calls = Calls(llama, monkeypatch)
+    got = generate(llama, samples, prompts=prompts, seeds=seeds, max_rows=3 * samples)
+    calls.handle.remove()
+    assert_equal_to_plain(got, plain(llama, samples, prompts=prompts, seeds=seeds))
+    reads = [i for i, (_, width) in enumerate(calls.shapes) if width > 1 or i == 0]
+    assert calls.shapes[reads[0]] == (3, max(map(len, prompts)))
+    widths = [calls.shapes[i][1] for i in reads]
+    assert widths == sorted(widths, reverse=True)  # longest first, and no wider than they are
+    assert max(rows for rows, _ in calls.shapes) <= 3 * samples
+    steps = [rows for rows, width in calls.shapes if width == 1][: reads[-1] - len(reads) + 1]
+    assert sum(steps) > 0.6 * (3 * samples) * len(steps)  # places do not stay empty while prompts wait
+    assert len(steps) > 2 * SAMPLING.max_new_tokens  # the ring of columns went round
+
+
+def test_groups_that_shrink_do_not_keep_others_waiting_for_room(llama, monkeypatch):
+    """Groups of which a row or two still run hold few rows, so more of them than max_rows / samples are at work."""
+    most = 0
+    append = shared.Layout.append
+
+    def watched(layout, *args):
+        nonlocal most
+        append(layout, *args)
+        most = max(most, len(layout.length))
+
+    monkeypatch.setattr(shared.Layout, "append", watched)
+    prompts, seeds = PROMPTS * 3, list(range(18))
+    got = generate(llama, 4, prompts=prompts, seeds=seeds, max_rows=8)
+    assert_equal_to_plain(got, plain(llama, 4, prompts=prompts, seeds=seeds))
+    assert most > 2
+
+
+def test_ended_rows_are_not_passed_through_the_model(llama, monkeypatch):
+    calls = Calls(llama, monkeypatch)
+    got = generate(llama)
+    calls.handle.remove()
+    lengths = got.mask.sum(dim=1)
+    expected = [int((lengths > t).sum()) for t in range(1, int(lengths.max()))]
+    assert [rows for rows, _ in calls.shapes[1:]] == expected
+
+
+@given(st.lists(st.booleans(), max_size=12))
+def test_filling_moves_no_more_than_it_must(alive):
+    filling = shared.Filling(alive)
+    kept = [i for i, lives in enumerate(alive) if lives]
+    assert sorted(filling.order) == kept
+    assert all(place == old or old >= len(kept) for place, old in enumerate(filling.order))
+    values = torch.arange(len(alive))
+    filling.apply(values)
+    assert values[: len(kept)].tolist() == filling.order
+
+
+# --- what is left behind ---------------------------------------------------------------------------
+
+
+def snapshot(model):
+    state = {name: value.clone() for name, value in (*model.named_parameters(), *model.named_buffers())}
+    return state, [set(vars(m)) for m in model.modules()], model.config.to_dict(), model.config._attn_implementation
+
+
+@pytest.mark.parametrize("fail_at", [None, 1, 3])
+def test_nothing_stays_on_the_model(fail_at):
+    model = build("qwen3")
+    before, passes = snapshot(model), 0
+
+    def fail(*_):
+        nonlocal passes
+        passes += 1
+        if passes - 1 == fail_at:
+            raise RuntimeError("out of memory")
+
+    handle = model.model.norm.register_forward_pre_hook(fail)
+    if fail_at is None:
+        generate(model)
+    else:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            generate(model)
+    handle.remove()
+    after = snapshot(model)
+    assert before[1:] == after[1:]
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
+    assert not any(x.is_inference() for x in (*model.parameters(), *model.buffers()))
+
+
+def test_what_is_returned_can_take_part_in_training(llama):
+    from dataclasses import fields
+
+    from lightning_rlvr.models.forward import response_logp
+
+    got = generate(llama, max_rows=6)
+    assert not any(getattr(got, f.name).is_inference() for f in fields(got))
+    loss = (response_logp(llama, got, 1.0).logp * got.entropy - got.logp).sum()
+    assert torch.autograd.grad(loss, llama.lm_head.weight)[0].abs().sum() > 0
+
+
+def test_sampling_under_autocast_leaves_no_cast_weights_without_gradient():
+    from lightning_rlvr.models.forward import response_logp
+
+    model = build("llama", dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = generate(model)
+        response_logp(model, got, 1.0).logp.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
