@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 KL_COEF = 0.04
 LEARNING_RATE = 1e-6
+PARTS = ("rollout", "statistics", "update", "logging")
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,11 @@ class Turns:
             sys.exit()
         self._start = time.perf_counter()
 
-    def end(self) -> None:
-        """Report."""
+    def end(self, parts: dict[str, float] | None = None) -> None:
+        """Report, with the seconds of parts of the step if those are known."""
         seconds = time.perf_counter() - self._start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print("@", json.dumps({"seconds": seconds, "peak_gib": peak}), flush=True)
+        print("@", json.dumps({"seconds": seconds, "peak_gib": peak, **(parts or {})}), flush=True)
 
 
 def ours(settings: Settings, turns: Turns) -> None:
@@ -138,10 +139,11 @@ def ours(settings: Settings, turns: Turns) -> None:
 
     class Steps(lightning.Callback):
         def on_train_batch_start(self, *args: Any) -> None:
+            self.before = dict(module.clock.seconds)
             turns.begin()
 
         def on_train_batch_end(self, *args: Any) -> None:
-            turns.end()
+            turns.end({part: module.clock.seconds[part] - self.before.get(part, 0.0) for part in PARTS})
 
     module = Module(
         Source(),
