@@ -57,6 +57,18 @@ def two_processes(script: str, folder: Path) -> None:
     assert [p.returncode for p in processes] == [0, 0], "\n".join(errors)
 
 
+def exact(model: torch.nn.Module) -> torch.nn.Module:
+    """Let a float64 model be that throughout: the RMSNorm of transformers computes in float32, whatever it is given."""
+    if model.dtype == torch.float64:
+        for name, norm in list(model.named_modules()):
+            if type(norm).__name__.endswith("RMSNorm") and not isinstance(norm, torch.nn.RMSNorm):
+                plain = torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon, dtype=norm.weight.dtype)
+                plain.weight = norm.weight
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, plain)
+    return model
+
+
 def command_line(cache: Path, *words: str, die_at: int | None = None) -> subprocess.CompletedProcess[str]:
     """Run the program in a process of its own, one thread for each rank, with this module at hand."""
     env = {**os.environ, "LIGHTNING_RLVR_CACHE": str(cache), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -96,7 +108,7 @@ class TinyPolicy(PolicySource):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             model = Qwen3ForCausalLM(config)
-        return Policy(model.to(getattr(torch, self.dtype)).eval(), tokenizer)
+        return Policy(exact(model.to(getattr(torch, self.dtype)).eval()), tokenizer)
 
     def fingerprint(self) -> str:
         return f"tiny-{self.seed}-{self.dtype}"

@@ -1,20 +1,37 @@
-"""The training pass: log-probabilities of given responses under a model."""
+"""The training pass: log-probabilities of given responses under a model, and losses of them.
+
+Two ways lead to the same values. The packed one computes what counts: each prompt once for all its responses, little
+padding, and the vocabulary of counted tokens only, chunk by chunk. It takes a model whose logits are a linear layer of
+its backbone's last hidden states, and whose responses can go on from a prompt's cache. The plain one takes any model
+and holds the logits of all response positions; the exact KL over the vocabulary needs them.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from lightning_rlvr.models.packing import packed_states, parts_of
 from lightning_rlvr.ops.kl import kl_full
+from lightning_rlvr.ops.linear_logprob import linear_logprob, linear_logprob_loss
 from lightning_rlvr.ops.logprob import entropy, log_softmax, token_logp
 from lightning_rlvr.types import Rollouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# How far both ways may lie apart on the probe, as a share of the largest log-probability: rounding, with room.
+PROBE_TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.02}
+PROBE_TOLERANCE_WIDE = 1e-3
+PROBE_SCALES = (1.0, 1000.0)  # of the hidden states: where logits are large, a soft cap on them shows
 
 
 class TokenValues(NamedTuple):
@@ -23,6 +40,10 @@ class TokenValues(NamedTuple):
     logp: Float[Tensor, "N T"]
     entropy: Float[Tensor, "N T"] | None
     full_kl: Float[Tensor, "N T"] | None
+
+
+# Values of some whole rows, and which rows -> their loss, a scalar. It must be additive over rows.
+LossOf = Callable[[TokenValues, Int[Tensor, " n"]], Tensor]
 
 
 def response_logp(
@@ -35,10 +56,160 @@ def response_logp(
     """Return the log-probability of each response token, and on request the entropy it was drawn from.
 
     With a `reference`, also the exact KL of the model's distribution to the reference's, over the vocabulary. All are
-    of the whole vocabulary's distribution at `temperature` and carry gradients of the model where those are on.
-    Columns in which all rows are padded are cut away before the pass and put back after it, so the result does not
-    depend on how wide the batch was padded.
+    of the whole vocabulary's distribution at `temperature` and carry gradients of the model where those are on. The
+    result does not depend on how wide the batch was padded.
     """
+    if reference is not None or not packs(model):
+        return _plain(model, rollouts, temperature, with_entropy, reference)
+    return _packed(model, rollouts, temperature, with_entropy)
+
+
+@torch.no_grad()
+def batch_logp(
+    model: PreTrainedModel,
+    rollouts: Rollouts,
+    temperature: float,
+    parts: Sequence[Int[Tensor, " m"]],
+    with_entropy: bool = False,
+) -> TokenValues:
+    """Return `response_logp` of all rows without gradients, computed part by part; every row is in one part."""
+    values = [response_logp(model, rollouts.rows(part), temperature, with_entropy) for part in parts]
+    back = torch.cat(list(parts)).argsort()
+    entropy = torch.cat([v.entropy for v in values if v.entropy is not None])[back] if with_entropy else None
+    return TokenValues(torch.cat([v.logp for v in values])[back], entropy, None)
+
+
+def response_loss(
+    model: PreTrainedModel,
+    rollouts: Rollouts,
+    temperature: float,
+    loss_of: LossOf,
+    with_entropy: bool = False,
+    reference: PreTrainedModel | None = None,
+) -> Tensor:
+    """Return the sum over the rows of a loss of their values, ready for one backward pass.
+
+    `loss_of` is asked for some whole rows at a time, so that the gradient of the logits is formed while they are there:
+    one pass over the vocabulary instead of the two that `response_logp` needs. Its values carry gradients only as far
+    as the loss. All else is as for `response_logp`.
+    """
+    if reference is not None or not packs(model):
+        every = torch.arange(len(rollouts.mask), device=rollouts.mask.device)
+        return loss_of(_plain(model, rollouts, temperature, with_entropy, reference), every)
+    states, rows = packed_states(model.get_decoder(), rollouts)
+    mask = rollouts.mask[rows]
+
+    def loss_of_part(logp: Tensor, entropy: Tensor | None, part: slice) -> Tensor:
+        return loss_of(_spread(logp, entropy, mask[part]), rows[part])
+
+    head, target = model.get_output_embeddings(), rollouts.response_ids[rows][mask]
+    loss, _ = linear_logprob_loss(
+        states, head.weight, target, mask.sum(dim=1), loss_of_part, temperature, head.bias, with_entropy
+    )
+    return loss
+
+
+def micro_batches(
+    model: PreTrainedModel, rollouts: Rollouts, rows: Int[Tensor, " M"], size: int, full_kl: bool = False
+) -> list[Int[Tensor, " m"]]:
+    """Cut the given rows into parts for one pass each, of as many tokens as `size` rows of the greatest length have.
+
+    Where the plain way is taken, padding is computed too, and a part is `size` rows of any length.
+    """
+    return list(rows.split(size)) if full_kl or not packs(model) else parts_of(rollouts, rows, size)
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether the packed way gives what the plain way gives: found out once for each model, on a few tokens."""
+    if model not in _PACKS:
+        reason = _probe(model)
+        _PACKS[model] = reason is None
+        if reason is not None:
+            warnings.warn(
+                f"{type(model).__name__} is trained the plain way, with the logits of all responses in memory and each "
+                f"prompt computed for every response: {reason}.",
+                stacklevel=2,
+            )
+    return _PACKS[model]
+
+
+_PACKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what probes have found
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel) -> str | None:
+    """Compare both ways on two prompts with two responses each; return why the packed one is not to be taken."""
+    head, backbone = model.get_output_embeddings(), model.get_decoder()
+    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or backbone is model:
+        return "its output layer is not a plain linear layer on a backbone"
+    generator = torch.Generator().manual_seed(0)
+    prompts, responses = torch.randint(head.out_features, (2, 2, 4), generator=generator).to(model.device)
+    place, length = torch.arange(4, device=model.device), torch.tensor([[4], [2]], device=model.device)
+    none = torch.zeros(4, 4, device=model.device)
+    batch = Rollouts(
+        prompt_ids=prompts.repeat_interleave(2, dim=0),
+        prompt_mask=(place >= 4 - length).repeat_interleave(2, dim=0),
+        response_ids=responses.repeat(2, 1),
+        mask=(place < length).repeat(2, 1),
+        logp=none,
+        entropy=none,
+        truncated=none[:, 0].bool(),
+    )
+    tolerance = PROBE_TOLERANCE.get(model.dtype, PROBE_TOLERANCE_WIDE)
+    for scale in PROBE_SCALES:
+        hook = backbone.register_forward_hook(partial(_scale_states, scale))
+        try:
+            with torch.autocast(model.device.type, enabled=False):
+                plain, packed = (way(model, batch, 1.0, False).logp for way in (_plain, _packed))
+        except Exception as error:  # noqa: BLE001 - a model may fail in any way at what it was not made for
+            return f"the packed way fails with {error!r}"
+        finally:
+            hook.remove()
+        if not (plain - packed).abs().max() <= tolerance * plain.abs().max():
+            return "the packed way gives other log-probabilities"
+    return None
+
+
+def _scale_states(scale: float, backbone: nn.Module, args: Any, output: Any) -> Any:
+    output.last_hidden_state = output.last_hidden_state * scale
+    return output
+
+
+def _packed(model: PreTrainedModel, rollouts: Rollouts, temperature: float, with_entropy: bool) -> TokenValues:
+    states, rows = packed_states(model.get_decoder(), rollouts)
+    head, mask = model.get_output_embeddings(), rollouts.mask[rows]
+    target = rollouts.response_ids[rows][mask]
+    if torch.is_grad_enabled():
+        values = linear_logprob(states, head.weight, target, temperature, head.bias, with_entropy)
+    else:  # cut into the same chunks as in `response_loss`, so that a policy equals itself to the bit
+        _, values = linear_logprob_loss(
+            states, head.weight, target, mask.sum(dim=1), _no_loss, temperature, head.bias, with_entropy
+        )
+    logp, entropy, _ = _spread(values.logp, values.entropy, mask)
+    back = rows.argsort()
+    return TokenValues(logp[back], None if entropy is None else entropy[back], None)
+
+
+def _no_loss(logp: Tensor, entropy: Tensor | None, rows: slice) -> Tensor:
+    return logp.new_zeros(())
+
+
+def _spread(logp: Tensor, entropy: Tensor | None, mask: Tensor) -> TokenValues:
+    """Put values of the counted tokens, row by row, at their places."""
+    room = logp.new_zeros(mask.shape)
+    return TokenValues(
+        room.masked_scatter(mask, logp), None if entropy is None else room.masked_scatter(mask, entropy), None
+    )
+
+
+def _plain(
+    model: PreTrainedModel,
+    rollouts: Rollouts,
+    temperature: float,
+    with_entropy: bool,
+    reference: PreTrainedModel | None = None,
+) -> TokenValues:
+    """Materialise the distribution at each response position; columns in which all rows are padded are cut away."""
     width = rollouts.mask.shape[1]
     length = int(rollouts.mask.any(dim=0).sum())
     mask, response = rollouts.mask[:, :length], rollouts.response_ids[:, :length]

@@ -105,7 +105,6 @@ def describe(experience: Experience, stats: TokenStats, plan: TokenPlan, group_s
         "response_length": of_rows(stats.mask.sum(dim=1)),
         "truncated": of_rows(rollouts.truncated),
         "entropy": of_tokens(stats.entropy),
-        "logp_gap": of_tokens((rollouts.logp - stats.logp).abs()),
         "tied_groups": Ratio(tied.sum(), torch.tensor(len(tied))),
     }
     metrics |= {f"status/{s.value}": of_rows([float(v.status is s) for v in verdicts]) for s in Status}

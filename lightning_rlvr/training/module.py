@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning import Callback, LightningModule
@@ -16,12 +16,12 @@ from torch import Tensor
 from lightning_rlvr.curriculum import CurriculumSampler
 from lightning_rlvr.metrics import EvaluationMetrics
 from lightning_rlvr.models import Policy, PolicySource, PromptFormat
-from lightning_rlvr.models.forward import response_logp
+from lightning_rlvr.models.forward import batch_logp, micro_batches
 from lightning_rlvr.ops.advantages import group_advantages
 from lightning_rlvr.rollout import TransformersEngine, seed_of
 from lightning_rlvr.training.checkpoint import COUNTS, check_checkpoint
 from lightning_rlvr.training.clock import Clock
-from lightning_rlvr.training.distributed import gather_stats, reduce_ratios, world_size
+from lightning_rlvr.training.distributed import all_ranks, gather_stats, reduce_ratios, world_size
 from lightning_rlvr.training.dynamic_sampling import GroupBuffer
 from lightning_rlvr.training.experience import Experience, PromptBatch, StepObserver, StepRecord, describe
 from lightning_rlvr.training.update import update_policy
@@ -42,6 +42,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+RATED = ("rollout", "reward", "statistics", "reference", "update", "logging")  # parts of a step
+RECORDING_TOLERANCE = 1e-4  # nats: how far a token's recorded values may lie from recomputed ones to stand for them
+
+
 class RLVRModule(LightningModule):
     """A policy trained with verifiable rewards against a frozen reference.
 
@@ -59,7 +63,11 @@ class RLVRModule(LightningModule):
         optimizer, lr_scheduler: called with the policy's parameters, and with the optimizer; the schedule
             steps with the optimizer.
         updates_per_rollout: optimizer steps on one rollout batch, on disjoint questions.
-        micro_batch_size: rows in a forward and backward pass; changes memory and speed only.
+        micro_batch_size: rows of the greatest length in a forward and backward pass; shorter ones fill it by their
+            tokens, a prompt counting once for its responses. It changes memory and speed only.
+        recompute_logp: whether the log-probabilities and entropies of a rollout batch are computed anew for its
+            statistics, or those are taken that were recorded while sampling. auto computes them for the first rollout
+            batch and takes the recorded ones, then too, if no token's differ by more than 1e-4 nats.
         rollout_rows: rows decoded at a time; changes memory and speed only.
         dynamic_sampling: if not 0, groups whose rewards are all equal are replaced by groups of the next questions,
             from at most that many rollout batches for one update (DAPO).
@@ -87,6 +95,7 @@ class RLVRModule(LightningModule):
         micro_batch_size: int = 32,
         rollout_rows: int = 256,
         max_grad_norm: float | None = 1.0,
+        recompute_logp: bool | Literal["auto"] = "auto",
         dynamic_sampling: int = 0,
         pass_at: list[int] = [8],  # noqa: B006 - never changed
         seed: int = 1,
@@ -129,6 +138,8 @@ class RLVRModule(LightningModule):
         self.groups = GroupBuffer(dynamic_sampling) if dynamic_sampling else None
         self.batches_trained = 0  # fewer than rollouts_done with dynamic sampling
         self.objective_state = objective.initial_state()
+        self.recompute_logp = recompute_logp
+        self.recording_agrees: bool | None = None  # with a recomputation, once that is known
         self.reference_moved = False  # by a restart at a stage boundary
         self.clock = Clock()
         self._logged_seconds: dict[str, float] = {}
@@ -214,22 +225,28 @@ class RLVRModule(LightningModule):
             with self.clock.part("statistics"):
                 stats = self.token_statistics(experience, batch.samples)
                 plan = self.plan(stats)
-            with self.clock.part("reference"):
-                ref_logp = self.reference_logp(experience.rollouts)
+            ref_logp = None
+            if self.objective.needs_reference:
+                with self.clock.part("reference"):
+                    ref_logp = self.reference_logp(experience.rollouts, stats.update)
             self.batches_trained += 1
             record = StepRecord(experience, stats, plan, ref_logp, batch.samples, self.batches_trained)
-            for observer in observers:
-                observer.on_planned(self, record)
+            with self.clock.part("logging"):
+                for observer in observers:
+                    observer.on_planned(self, record)
             with self.clock.part("update"):
                 metrics, clipped = update_policy(self, record)
-            for observer in observers:
-                observer.on_updated(self, record, clipped)
-        metrics |= describe(experience, stats, plan, batch.samples)
-        if self.groups is not None:
-            metrics["rollout_batches"] = Ratio(torch.tensor(self.groups.used), torch.tensor(1))
+            with self.clock.part("logging"):
+                for observer in observers:
+                    observer.on_updated(self, record, clipped)
+                metrics |= describe(experience, stats, plan, batch.samples)
+                if self.groups is not None:
+                    metrics["rollout_batches"] = Ratio(torch.tensor(self.groups.used), torch.tensor(1))
+                reduced = reduce_ratios(metrics)
         spent = {k: total - self._logged_seconds.get(k, 0.0) for k, total in self.clock.seconds.items()}
         self._logged_seconds = dict(self.clock.seconds)
-        self.log_training(reduce_ratios(metrics), spent, int(stats.mask.sum()))
+        with self.clock.part("logging"):  # counted in the next step
+            self.log_training(reduced, spent, int(stats.mask.sum()))
         return {"samples": experience.samples()}
 
     def experience(self, batch: PromptBatch, sampling: Sampling, purpose: str) -> Experience:
@@ -245,27 +262,36 @@ class RLVRModule(LightningModule):
         ids = [seed_of(seed, number) for seed in seeds for number in range(batch.samples)]
         return Experience(repeated, rollouts, responses, verdicts, ids)
 
-    @torch.no_grad()
     def token_statistics(self, experience: Experience, group_size: int) -> TokenStats:
-        """Measure entropy, log-probability and advantage of every token of this rank's rows, detached."""
+        """Give entropy, log-probability and advantage of every token of this rank's rows, detached."""
         rollouts = experience.rollouts
-        parts = [
-            response_logp(self.policy, rollouts.rows(rows), self.sampling.temperature, with_entropy=True)
-            for rows in self._micro_batches(len(rollouts.mask))
-        ]
-        logp = torch.cat([part.logp for part in parts])
-        scores = logp.new_tensor([verdict.score for verdict in experience.verdicts]).view(-1, group_size)
-        questions = len(scores)
+        questions = len(experience.verdicts) // group_size
         updates = min(self.updates_per_rollout, questions)
-        update = torch.arange(questions, device=logp.device) * updates // questions
+        update = (torch.arange(questions, device=self.device) * updates // questions).repeat_interleave(group_size)
+        logp, entropy = self._token_values(rollouts, update)
+        scores = logp.new_tensor([verdict.score for verdict in experience.verdicts]).view(-1, group_size)
         return TokenStats(
             logp=logp,
-            entropy=torch.cat([part.entropy for part in parts if part.entropy is not None]),
+            entropy=entropy,
             advantage=group_advantages(scores, self.objective.scale_by_std).flatten(),
             mask=rollouts.mask,
             row_id=torch.tensor(experience.ids, device=logp.device),
-            update=update.repeat_interleave(group_size),
+            update=update,
         )
+
+    @torch.no_grad()
+    def _token_values(self, rollouts: Rollouts, update: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-probability and entropy of each token [N, T], recorded or computed anew."""
+        recorded = rollouts.logp, rollouts.entropy
+        if self.recompute_logp is False or (self.recompute_logp == "auto" and self.recording_agrees):
+            return recorded
+        parts = self._micro_batches(rollouts, update)
+        logp, entropy, _ = batch_logp(self.policy, rollouts, self.sampling.temperature, parts, with_entropy=True)
+        assert entropy is not None
+        if self.recording_agrees is None:
+            gap = torch.stack([(logp - recorded[0]).abs().max(), (entropy - recorded[1]).abs().max()]).max()
+            self.recording_agrees = all_ranks(bool(gap <= RECORDING_TOLERANCE))
+        return recorded if self.recompute_logp == "auto" and self.recording_agrees else (logp, entropy)
 
     def plan(self, stats: TokenStats) -> TokenPlan:
         """Let the objective decide over the rollout batch of all ranks; return its plan for this rank's rows.
@@ -276,24 +302,29 @@ class RLVRModule(LightningModule):
         self.objective_state = self.objective.next_state(self.objective_state, whole)
         return self.objective.plan(whole).rows(mine).width(stats.mask.shape[1])
 
-    @torch.no_grad()
-    def reference_logp(self, rollouts: Rollouts) -> Tensor | None:
-        """Return log-probabilities under the frozen reference [N, T], or None if the objective reads none."""
-        if not self.objective.needs_reference or self.reference is None:
-            return None
-        micro_batches = self._micro_batches(len(rollouts.mask))
-        temperature = self.sampling.temperature
-        return torch.cat([response_logp(self.reference, rollouts.rows(r), temperature).logp for r in micro_batches])
+    def reference_logp(self, rollouts: Rollouts, update: Tensor) -> Tensor:
+        """Return log-probabilities under the frozen reference [N, T].
 
-    def _micro_batches(self, rows: int) -> tuple[Tensor, ...]:
-        return torch.arange(rows, device=self.device).split(self.micro_batch_size)
+        Each row is computed with the rows beside which it is trained: a policy that is its reference equals it to the
+        bit, and the KL has no gradient.
+        """
+        assert self.reference is not None
+        parts = self._micro_batches(rollouts, update)
+        return batch_logp(self.reference, rollouts, self.sampling.temperature, parts).logp
+
+    def _micro_batches(self, rollouts: Rollouts, update: Tensor) -> list[Tensor]:
+        """Cut the rows of each optimizer step into micro-batches."""
+        steps = [(update == number).nonzero().squeeze(-1) for number in range(int(update.max()) + 1)]
+        return [part for rows in steps for part in micro_batches(self.policy, rollouts, rows, self.micro_batch_size)]
 
     def log_training(self, metrics: Mapping[str, float], spent: Mapping[str, float], tokens: int) -> None:
-        """Log one step: metrics under train/, seconds by part under seconds/."""
+        """Log one step: metrics under train/, seconds and trained tokens a second by part of the work."""
+        rates = {part: tokens * world_size() / seconds for part, seconds in spent.items() if part in RATED}
         rate = tokens * world_size() / spent["step"]
         shown = {"reward": metrics["reward"], "entropy": metrics["entropy"], "tok/s": rate}
         self.log_dict({f"train/{k}": v for k, v in metrics.items()}, batch_size=1)
         self.log_dict({f"seconds/{k}": v for k, v in spent.items()}, batch_size=1)
+        self.log_dict({f"tokens_per_second/{k}": v for k, v in rates.items()}, batch_size=1)
         self.log("train/tokens_per_second", rate, batch_size=1)
         if self.sampler is not None:
             self.log("train/stage", float(self.sampler.batch(self.rollouts_done - 1).stage), batch_size=1)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
+from jaxtyping import Bool, Int
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_rlvr.models.forward import response_logp
+from lightning_rlvr.models.forward import TokenValues, micro_batches, response_loss
 from lightning_rlvr.training.distributed import add_ratios, world_size
-from lightning_rlvr.types import Ratio, TokenBatch
+from lightning_rlvr.types import Objective, Ratio, TokenBatch, TokenPlan
 
 if TYPE_CHECKING:
     from lightning_rlvr.training.experience import StepRecord
@@ -23,52 +25,113 @@ if TYPE_CHECKING:
 def update_policy(module: RLVRModule, record: StepRecord) -> tuple[dict[str, Ratio], Tensor]:
     """Take the optimizer steps that the plan foresees; return the metrics of the tokens, and which were clipped [N, T].
 
-    Gradients are summed over micro-batches: the plan's weights hold the denominators of a whole step.
+    Gradients are summed over micro-batches: the plan's weights hold the denominators of a whole step. Rows that have
+    no gradient are not run: see `idle_rows`.
     """
     optimizer = cast(LightningOptimizer, module.optimizers())
     schedule = cast("LRScheduler | None", module.lr_schedulers())
-    update = record.stats.update
-    sums: dict[str, Ratio] = {}
-    clipped = torch.zeros_like(record.stats.mask)
+    update, idle = record.stats.update, idle_rows(module.objective, record.plan)
+    losses = _Losses(module, record)
     for number in range(int(update.max()) + 1):
         optimizer.zero_grad()
-        micro_batches = (update == number).nonzero().squeeze(-1).split(module.micro_batch_size)
-        for i, rows in enumerate(micro_batches):
-            tokens = _tokens(module, record, rows)
-            loss, metrics, clipped[rows] = module.objective.loss(tokens, record.plan.rows(rows))
-            with _synchronised(module, i + 1 == len(micro_batches)):
-                module.manual_backward(loss * world_size())  # ranks average gradients; the plan's weights sum
-            add_ratios(sums, {**metrics, "loss": Ratio(loss.detach(), loss.new_ones(()))})
+        rows = (update == number).nonzero().squeeze(-1)
+        # The optimizer, and other ranks, wait for a gradient, be it 0.
+        moving = rows[~idle[rows]] if not idle[rows].all() else rows[:1]
+        _backward(module, losses, moving)
+        losses.of_idle(rows[~torch.isin(rows, moving)])
+        losses.add({"skipped_rows": Ratio(torch.tensor(len(rows) - len(moving)), torch.tensor(len(rows)))})
         bound = float("inf") if module.max_grad_norm is None else module.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(module.policy.parameters(), bound)
         rate = norm.new_tensor(optimizer.param_groups[0]["lr"])
-        add_ratios(sums, {"grad_norm": Ratio(norm, norm.new_ones(())), "lr": Ratio(rate, norm.new_ones(()))})
+        losses.add({"grad_norm": Ratio(norm, norm.new_ones(())), "lr": Ratio(rate, norm.new_ones(()))})
         optimizer.step()
+        losses.on_policy = False
         if schedule is not None:
             schedule.step()
     # A step's loss is the sum over its micro-batches and over ranks, not their mean.
+    sums = losses.metrics
     sums["loss"] = Ratio(sums["loss"].numerator * world_size(), sums["grad_norm"].denominator)
-    return sums, clipped
+    return sums, losses.clipped
 
 
-def _tokens(module: RLVRModule, record: StepRecord, rows: Tensor) -> TokenBatch:
-    """Run the policy over the given rows, with gradients."""
-    part = record.experience.rollouts.rows(rows)
-    values = response_logp(
-        module.policy,
-        part,
-        module.sampling.temperature,
-        module.objective.needs_entropy,
-        module.reference if module.objective.needs_full_kl else None,
-    )
-    return TokenBatch(
-        logp=values.logp,
-        old_logp=record.stats.logp[rows],
-        mask=part.mask,
-        ref_logp=None if record.ref_logp is None else record.ref_logp[rows],
-        entropy=values.entropy,
-        full_kl=values.full_kl,
-    )
+def _backward(module: RLVRModule, losses: _Losses, rows: Int[Tensor, " M"]) -> None:
+    """Add up the gradient of the given rows, one micro-batch at a time."""
+    objective, rollouts = module.objective, losses.record.experience.rollouts
+    reference = module.reference if objective.needs_full_kl else None
+    parts = micro_batches(module.policy, rollouts, rows, module.micro_batch_size, reference is not None)
+    for i, part in enumerate(parts):
+        loss = response_loss(
+            module.policy,
+            rollouts.rows(part),
+            module.sampling.temperature,
+            partial(losses.of_rows, part),
+            objective.needs_entropy,
+            reference,
+        )
+        with _synchronised(module, i + 1 == len(parts)):
+            module.manual_backward(loss * world_size())  # ranks average gradients; the plan's weights sum
+        losses.add({"loss": Ratio(loss.detach(), loss.new_ones(()))})
+
+
+def idle_rows(objective: Objective, plan: TokenPlan) -> Bool[Tensor, " N"]:
+    """Return the rows without gradient: no token has an advantage, or a weight of another term.
+
+    With a reference there are none, since the KL to it is logged of all tokens.
+    """
+    pulled = (plan.advantage != 0) & plan.policy_mask
+    for weight in (plan.kl_weight, plan.drift_weight, plan.entropy_weight):
+        if weight is not None:
+            pulled = pulled | (weight != 0)
+    return ~pulled.any(dim=1) & (not objective.needs_reference)
+
+
+class _Losses:
+    """The objective's loss of some rows at a time; its metrics add up beside."""
+
+    def __init__(self, module: RLVRModule, record: StepRecord) -> None:
+        self.objective, self.record = module.objective, record
+        self.on_policy = True  # as long as the policy is the one that sampled
+        self.metrics: dict[str, Ratio] = {}
+        self.clipped = torch.zeros_like(record.stats.mask)
+
+    def of_rows(self, part: Int[Tensor, " M"], values: TokenValues, index: Int[Tensor, " n"]) -> Tensor:
+        """Return the loss of the rows part[index], whose values are given.
+
+        On policy the ratio is 1 by definition. With old log-probabilities of another pass it would be 1 but for
+        rounding, and |log r| has the gradient of its sign.
+        """
+        rows, now = part[index], values.logp.detach()
+        tokens = self._tokens(rows, values, now if self.on_policy else self.record.stats.logp[rows])
+        loss, metrics, self.clipped[rows] = self.objective.loss(tokens, self.record.plan.rows(rows))
+        self.add(metrics)
+        if self.on_policy:
+            gap = (self.record.experience.rollouts.logp[rows] - now).abs().masked_fill(~tokens.mask, 0.0)
+            self.add({"logp_gap": Ratio(gap.sum(), tokens.mask.sum())})
+        return loss
+
+    def of_idle(self, rows: Int[Tensor, " M"]) -> None:
+        """Count the tokens of rows that are not run, as unclipped and without gradient; a KL is of those that are."""
+        if not len(rows):
+            return
+        stats = self.record.stats
+        values = TokenValues(stats.logp[rows], stats.entropy[rows], None)
+        metrics = self.objective.loss(self._tokens(rows, values, stats.logp[rows]), self.record.plan.rows(rows)).metrics
+        self.add({name: ratio for name, ratio in metrics.items() if not name.startswith("kl/")})
+
+    def add(self, metrics: dict[str, Ratio]) -> None:
+        """Add to the sums."""
+        add_ratios(self.metrics, metrics)
+
+    def _tokens(self, rows: Tensor, values: TokenValues, old_logp: Tensor) -> TokenBatch:
+        ref_logp = self.record.ref_logp
+        return TokenBatch(
+            logp=values.logp,
+            old_logp=old_logp,
+            mask=self.record.stats.mask[rows],
+            ref_logp=None if ref_logp is None else ref_logp[rows],
+            entropy=values.entropy,
+            full_kl=values.full_kl,
+        )
 
 
 def _synchronised(module: RLVRModule, last: bool) -> AbstractContextManager[None]:

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 LOGGED = {
     "train": """entropy share/low share/high kl/low kl/high kl/all response_length clip_fraction grad_share/kl
         grad_share/policy reward accuracy loss grad_norm lr tokens_per_second tied_groups logp_gap truncated
-        status/unparsable""",
-    "seconds": "rollout reward statistics reference update step",
+        skipped_rows status/unparsable""",
+    "seconds": "rollout reward statistics reference update logging step",
+    "tokens_per_second": "rollout reward statistics reference update logging",
     "val": "avg@2 pass@1 pass@2 entropy response_length truncated unparsable",
 }
 
@@ -43,6 +44,12 @@ def test_values_lie_where_they_must(metrics):
     assert train["train/grad_share/kl"].iloc[0] == 0, "at the start the policy is the reference"
     assert train["train/kl/all"].iloc[0] == pytest.approx(0, abs=1e-9)
     assert (train["train/logp_gap"] < 1e-4).all()
+
+
+def test_the_profiler_of_lightning_works(cli, tmp_path, caplog):
+    cli("fit", tmp_path / "fit", trainer__profiler="simple", trainer__max_steps=1)
+    assert "FIT Profiler Report" in caplog.text
+    assert "run_training_batch" in caplog.text
 
 
 def test_held_out_questions_are_judged_before_during_and_after(metrics):
@@ -104,7 +111,7 @@ def test_a_second_run_takes_a_folder_of_its_own(finished_run, cli):
     again = finished_run.with_name(f"{finished_run.name}-2")
     assert (finished_run / "metrics.csv").read_bytes() == before
     first, second = pd.read_csv(finished_run / "metrics.csv"), pd.read_csv(again / "metrics.csv")
-    same = [name for name in first.columns if not name.startswith("seconds/") and name != "train/tokens_per_second"]
+    same = [name for name in first.columns if "seconds/" not in name and "tokens_per_second" not in name]
     pd.testing.assert_frame_equal(first[same], second[same])
 
 

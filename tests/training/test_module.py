@@ -1,5 +1,6 @@
 """The training step as a whole."""
 
+from dataclasses import replace
 from functools import partial
 
 import lightning
@@ -15,11 +16,11 @@ from lightning_rlvr.types import Sampling
 MOVING = SENT(low_entropy_quantile=0.8, high_cov_fraction=0.1, beta_low=0.5, beta_high=2.0)
 
 
-def train(tmp_path, objective=MOVING, dtype="float64", updates=3, lr=1e-3, **settings):
+def train(tmp_path, objective=MOVING, dtype="float64", updates=3, lr=1e-3, reward=None, **settings):
     module = RLVRModule(
         TinyPolicy(dtype=dtype),
         objective,
-        ManyVowels(),
+        reward or ManyVowels(),
         Sampling(10),
         optimizer=partial(torch.optim.AdamW, lr=lr),
         pass_at=[1],
@@ -115,3 +116,63 @@ def test_the_gradient_of_a_step_is_that_of_the_formula():
     got = torch.autograd.grad(loss, list(fresh.policy.parameters()))
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How often log-probabilities were computed without gradients."""
+    from lightning_rlvr.training import module
+
+    calls = []
+    compute = module.batch_logp
+    monkeypatch.setattr(module, "batch_logp", lambda *a, **k: calls.append(1) or compute(*a, **k))
+    return calls
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("auto", 1), (True, 3), (False, 0)])
+def test_recorded_statistics_stand_for_recomputed_ones_where_they_agree(tmp_path, passes, setting, expected):
+    wanted = weights(train(tmp_path, objective=GRPO(), recompute_logp=True, updates_per_rollout=2, updates=6)[0])
+    passes.clear()
+    got = weights(train(tmp_path, objective=GRPO(), recompute_logp=setting, updates_per_rollout=2, updates=6)[0])
+    assert len(passes) == expected
+    for name, weight in wanted.items():
+        torch.testing.assert_close(got[name], weight, rtol=0, atol=1e-10)
+
+
+def test_recorded_statistics_are_not_taken_where_they_differ(tmp_path, passes, monkeypatch):
+    from lightning_rlvr.training import module
+
+    monkeypatch.setattr(module, "RECORDING_TOLERANCE", -1.0)
+    train(tmp_path, objective=GRPO())
+    assert len(passes) == 3
+
+
+def test_rows_that_teach_nothing_are_skipped_and_counted(tmp_path, monkeypatch):
+    from lightning_rlvr.training import update
+
+    class EvenAreAlike(ManyVowels):
+        def __call__(self, responses, prompts):
+            pairs = zip(super().__call__(responses, prompts), prompts, strict=True)
+            return [replace(verdict, score=0.5) if int(p.answer) % 2 == 0 else verdict for verdict, p in pairs]
+
+    module, trainer = train(tmp_path, objective=GRPO(), reward=EvenAreAlike())
+    share = float(trainer.logged_metrics["train/skipped_rows"])
+    assert 0 < share == trainer.logged_metrics["train/tied_groups"]
+    monkeypatch.setattr(update, "idle_rows", lambda objective, plan: torch.zeros(len(plan.weight), dtype=torch.bool))
+    other, all_rows = train(tmp_path, objective=GRPO(), reward=EvenAreAlike())
+    assert all_rows.logged_metrics["train/skipped_rows"] == 0
+    for name, weight in weights(other).items():
+        torch.testing.assert_close(weights(module)[name], weight, rtol=0, atol=1e-10)
+    for name in ("clip_fraction", "grad_share/policy", "grad_norm", "loss"):
+        a, b = (float(t.logged_metrics[f"train/{name}"]) for t in (trainer, all_rows))
+        assert a == pytest.approx(b, abs=1e-9), name
+
+
+def test_a_rollout_batch_that_teaches_nothing_leaves_a_gradient_of_zero(tmp_path):
+    class Same(ManyVowels):
+        def _judge(self, text):
+            return super()._judge("")
+
+    module, trainer = train(tmp_path, objective=GRPO(), updates=1, reward=Same())
+    assert all(p.grad is not None and not p.grad.any() for p in module.policy.parameters())
+    assert float(trainer.logged_metrics["train/skipped_rows"]) == pytest.approx(23 / 24)  # the gradient is of one row

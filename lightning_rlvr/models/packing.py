@@ -1,0 +1,111 @@
+"""The backbone's pass over a batch: each prompt once, responses of like length side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lightning_rlvr.types import Rollouts
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Padding, in tokens, that a pass may hold before a further one is cheaper: it reads the weights anew.
+PASS_TOKENS = 64
+
+
+class States(NamedTuple):
+    """Hidden states that predict the counted response tokens: row after row, in the order of `rows`."""
+
+    hidden: Float[Tensor, "K H"]
+    rows: Int[Tensor, " N"]
+
+
+def packed_states(backbone: nn.Module, rollouts: Rollouts) -> States:
+    """Run the model without its head over prompts and counted response tokens, with gradients where those are on.
+
+    Rows beside each other that have the same prompt share its pass, and their gradients meet in it. Responses go on
+    from its key-value cache, longest first, in as many passes as keep padding small.
+    """
+    from transformers import DynamicCache
+
+    prompts, prompt_of = distinct_prompts(rollouts)
+    start = int(rollouts.prompt_mask.any(dim=0).int().argmax())
+    ids, seen = rollouts.prompt_ids[prompts, start:], rollouts.prompt_mask[prompts, start:]
+    cache = DynamicCache()  # made without the config it keeps all of a prompt, also where attention slides
+    last = _run(backbone, ids, seen, cache)[:, -1]
+    lengths = rollouts.mask.sum(dim=1)
+    order = lengths.argsort(descending=True, stable=True)
+    hidden = []
+    for part in passes(lengths[order].tolist()):
+        rows = order[part]
+        width = max(1, int(lengths[rows[0]]))
+        states, whose = last[prompt_of[rows], None], prompt_of[rows]
+        if width > 1:
+            response = rollouts.response_ids[rows, : width - 1]
+            # What lies behind a response's end needs no mask: no token looks ahead.
+            known = torch.cat([seen[whose], torch.ones_like(response, dtype=torch.bool)], dim=1)
+            shared = DynamicCache([(keys[whose], values[whose]) for keys, values, *_ in cache])
+            states = torch.cat([states, _run(backbone, response, known, shared)], dim=1)
+        counted = rollouts.mask[rows, :width].flatten().nonzero().squeeze(-1)
+        states = states.flatten(0, 1)
+        hidden.append(states if len(counted) == len(states) else states[counted])
+    return States(torch.cat(hidden), order)
+
+
+def _run(backbone: nn.Module, ids: Tensor, seen: Tensor, cache: object) -> Tensor:
+    """Return the last hidden states of `ids`; `seen` also covers what the cache holds."""
+    positions = (seen.long().cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    output = backbone(
+        input_ids=ids, attention_mask=seen.long(), position_ids=positions, past_key_values=cache, use_cache=True
+    )
+    return output.last_hidden_state
+
+
+def distinct_prompts(rollouts: Rollouts) -> tuple[Int[Tensor, " B"], Int[Tensor, " N"]]:
+    """Return the first row of each run of rows with the same prompt, and the number of each row's run."""
+    ids = rollouts.prompt_ids.masked_fill(~rollouts.prompt_mask, -1)
+    new = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    new[1:] = (ids[1:] != ids[:-1]).any(dim=1)
+    return new.nonzero().squeeze(-1), new.cumsum(dim=0) - 1
+
+
+def passes(lengths: list[int]) -> Iterator[slice]:
+    """Cut rows, longest first, where the padding up to the longest of a pass would cost more than another pass."""
+    begin = padding = 0
+    for row, length in enumerate(lengths):
+        padding += lengths[begin] - length
+        if padding > PASS_TOKENS:
+            yield slice(begin, row)
+            begin, padding = row, 0
+    yield slice(begin, len(lengths))
+
+
+def parts_of(rollouts: Rollouts, rows: Int[Tensor, " M"], size: int) -> list[Int[Tensor, " m"]]:
+    """Cut the given rows into parts of at most as many tokens as `size` rows of the greatest length would have.
+
+    A prompt counts once in a part, so rows that share one stay together unless they alone are too many.
+    """
+    run_of = distinct_prompts(rollouts)[1].tolist()
+    prompt, response = rollouts.prompt_mask.sum(dim=1).tolist(), rollouts.mask.sum(dim=1).tolist()
+    chosen = rows.tolist()
+    budget = size * max(prompt[row] + response[row] for row in chosen)
+    parts: list[list[int]] = []
+    used, last_run = budget, -1
+    for run, group in groupby(chosen, key=run_of.__getitem__):
+        together = sorted(group, key=response.__getitem__, reverse=True)
+        fits = prompt[together[0]] + sum(response[row] for row in together) <= budget
+        for piece in [together] if fits else [[row] for row in together]:
+            own, shared = sum(response[row] for row in piece), prompt[piece[0]]
+            if used + own + shared * (run != last_run) > budget:
+                parts.append([])
+                used, last_run = 0, -1
+            used += own + shared * (run != last_run)
+            parts[-1] += piece
+            last_run = run
+    return [torch.tensor(part, device=rows.device) for part in parts]

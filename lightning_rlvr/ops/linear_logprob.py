@@ -1,0 +1,319 @@
+"""The vocabulary head: from hidden states to log-probability and entropy, never holding the logits of all tokens.
+
+The head is most of a small model's update: 2 x V x H operations a token in each of its three products, and logits
+[K, V] that outgrow everything else. Here a chunk of tokens at a time passes through one buffer, in which logits become
+log-probabilities and those the gradient, in place. With z = (W h + b) / T and p = softmax(z):
+
+    log p_y = z_y - logsumexp(z)        H = -sum_v p_v log p_v
+    dL/dz_v = g_logp (1[v = y] - p_v) - g_H p_v (log p_v + H)
+
+`linear_logprob` is differentiable and computes the logits once more in the backward pass, like a checkpointed layer.
+`linear_logprob_loss` computes them once: it is given the loss too, so it forms the gradient of a chunk while its
+logits are there.
+
+Products take factors of the inputs' dtype (autocast's where that is on) and add in float32, unless all is float64.
+What is between them, and the sums over chunks, is float32; a gradient is rounded to its input's dtype once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_rlvr.ops.logprob import log_softmax, token_logp
+
+# Logits held at a time. On an accelerator products must be large to be fast; neither size is sensitive to a factor 2.
+CPU_BYTES, ACCELERATOR_BYTES = 96 * 2**20, 2**30
+# Of those, what an elementwise step takes at a time on CPU, so that it and its temporaries stay in the cache.
+CACHED_BYTES = 2**20
+# Stands for the log-probability -inf beside p = 0: there it makes the 0 that any finite number does.
+FLOOR = -1e4
+
+# (logp [k], entropy [k] or None, rows) -> scalar loss of `rows`, a slice of whole rows whose tokens these are.
+LossOf = Callable[[Tensor, "Tensor | None", slice], Tensor]
+Inputs = tuple[Tensor, Tensor, "Tensor | None"]  # hidden [K, H], weight [V, H], bias [V]
+
+
+class HeadValues(NamedTuple):
+    """Log-probability of each token and entropy of the distribution it is from, in nats, float32 or float64."""
+
+    logp: Float[Tensor, " K"]
+    entropy: Float[Tensor, " K"] | None
+
+    def part(self, tokens: slice) -> HeadValues:
+        """Return the values of some tokens, sharing memory."""
+        return HeadValues(self.logp[tokens], None if self.entropy is None else self.entropy[tokens])
+
+
+def linear_logprob(
+    hidden: Float[Tensor, "K H"],
+    weight: Float[Tensor, "V H"],
+    target: Int[Tensor, " K"],
+    temperature: float = 1.0,
+    bias: Float[Tensor, " V"] | None = None,
+    with_entropy: bool = True,
+    chunk_bytes: int | None = None,
+) -> HeadValues:
+    """Return the log-probability of each target and the entropy of its distribution, both differentiable.
+
+    Args:
+        hidden: the last hidden state at the position that predicts each token. Only counted tokens belong here.
+        weight: the output weight, tied to the embedding or not.
+        target: the token that was drawn.
+        temperature: divides the logits, bias included.
+        bias: the output bias.
+        with_entropy: whether to compute the entropy.
+        chunk_bytes: size of the buffer of logits; by default what suits the device.
+
+    Raises: ValueError if temperature is not positive.
+    """
+    dtype = _factor_dtype(hidden, weight)
+    logp, entropies = _Recomputed.apply(hidden, weight, bias, target, temperature, with_entropy, chunk_bytes, dtype)
+    return HeadValues(logp, entropies)
+
+
+def linear_logprob_loss(
+    hidden: Float[Tensor, "K H"],
+    weight: Float[Tensor, "V H"],
+    target: Int[Tensor, " K"],
+    lengths: Int[Tensor, " R"],
+    loss_of: LossOf,
+    temperature: float = 1.0,
+    bias: Float[Tensor, " V"] | None = None,
+    with_entropy: bool = True,
+    chunk_bytes: int | None = None,
+) -> tuple[Float[Tensor, ""], HeadValues]:
+    """Return a loss that carries its gradient to hidden, weight and bias, and the detached values of all tokens.
+
+    The tokens are those of R rows one after the other, `lengths[r]` of row r. The loss is asked for a few whole rows
+    at a time, as `loss_of(logp, entropy, rows)` with the values of their tokens as leaves, and summed; it must be
+    additive over any such cut. Within a row it may couple tokens as it likes. A row whose logits exceed the buffer has
+    them computed twice: where the loss does not couple tokens, call each token a row.
+
+    The gradient is complete when this returns: `backward` only scales it and hands it over, once. Where there is none
+    to compute (inputs that need none, or no_grad) only values are.
+
+    What is not named here is as for `linear_logprob`.
+
+    Raises: ValueError if the lengths do not add up to K, or temperature is not positive.
+    """
+    counts = lengths.tolist()
+    if sum(counts) != len(target):
+        raise ValueError(f"lengths must add up to the {len(target)} tokens given, got {sum(counts)}")
+    inputs = (hidden, weight, bias)
+    needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    with torch.no_grad():
+        head = _Head(inputs, target, temperature, _factor_dtype(hidden, weight), chunk_bytes)
+        values, sums = head.new_values(with_entropy), _Sums(head, needed)
+        total = torch.zeros((), dtype=head.dtype, device=hidden.device)
+        for rows, tokens in _groups(counts, head.chunk):
+            parts = head.parts(tokens)
+            for part in parts:
+                head.fill(part, values)
+            loss, pull = _differentiate(loss_of, values.part(tokens), rows, any(needed))
+            total += loss
+            if pull is None:
+                continue
+            for part in reversed(parts):
+                if part is not parts[-1]:  # whose log-probabilities are still in the buffer
+                    head.fill(part)
+                local = slice(part.start - tokens.start, part.stop - tokens.start)
+                sums.add(part, head.gradient(part, values, pull.part(local)))
+    return _Ready.apply(total, sums.gradients, *inputs) if any(needed) else total, values
+
+
+def _groups(counts: Sequence[int], most: int) -> Iterator[tuple[slice, slice]]:
+    """Cut rows into runs of at most `most` tokens, or one row; yield each run's rows and its tokens."""
+    row = token = 0
+    while row < len(counts):
+        stop, end = row + 1, token + counts[row]
+        while stop < len(counts) and end + counts[stop] - token <= most:
+            end += counts[stop]
+            stop += 1
+        yield slice(row, stop), slice(token, end)
+        row, token = stop, end
+
+
+def _differentiate(loss_of: LossOf, values: HeadValues, rows: slice, needed: bool) -> tuple[Tensor, HeadValues | None]:
+    """Return the loss of some rows and its gradient with respect to their values, None where it has none."""
+    leaves = [x.detach().requires_grad_(needed) for x in values if x is not None]
+    with torch.set_grad_enabled(needed):
+        loss = loss_of(leaves[0], leaves[1] if len(leaves) == 2 else None, rows)
+    if not loss.requires_grad:
+        return loss, None
+    grad_logp, *grad_entropy = torch.autograd.grad(loss, leaves, allow_unused=True)
+    if grad_logp is None:
+        grad_logp = torch.zeros_like(values.logp)
+    return loss.detach(), HeadValues(grad_logp, grad_entropy[0] if grad_entropy else None)
+
+
+def _factor_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the dtype that a linear layer would multiply in."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        return torch.get_autocast_dtype(hidden.device.type)
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+class _Head:
+    """One buffer that holds the log-probabilities of a chunk of tokens over the vocabulary, then their gradient."""
+
+    def __init__(
+        self, inputs: Inputs, target: Tensor, temperature: float, factors: torch.dtype, chunk_bytes: int | None
+    ) -> None:
+        self.hidden, self.weight, self.bias = inputs
+        self.target, self.temperature, self.factors = target.unsqueeze(-1), temperature, factors
+        self.on_cpu = self.weight.device.type == "cpu"
+        self.dtype = torch.float64 if factors == torch.float64 else torch.float32
+        self.matrix = self.factor(self.weight)
+        row_bytes = len(self.weight) * self.dtype.itemsize
+        self.chunk = max(1, (chunk_bytes or (CPU_BYTES if self.on_cpu else ACCELERATOR_BYTES)) // row_bytes)
+        self.step = max(1, CACHED_BYTES // row_bytes) if self.on_cpu else self.chunk
+        size = (min(self.chunk, len(target)), len(self.weight))
+        self.buffer = torch.empty(size, dtype=self.dtype, device=self.weight.device)
+
+    def factor(self, x: Tensor) -> Tensor:
+        """Round to the factors' dtype, and widen again on CPU, whose products add in float32 only if factors are it."""
+        rounded = x.to(self.factors)
+        return rounded.to(self.dtype) if self.on_cpu else rounded
+
+    def new_values(self, with_entropy: bool) -> HeadValues:
+        """Return room for the values of all tokens."""
+        logp = torch.empty(len(self.target), dtype=self.dtype, device=self.weight.device)
+        return HeadValues(logp, torch.empty_like(logp) if with_entropy else None)
+
+    def parts(self, tokens: slice) -> list[slice]:
+        """Cut tokens into chunks."""
+        return _cut(tokens.start, tokens.stop, self.chunk)
+
+    def fill(self, part: slice, values: HeadValues | None = None) -> None:
+        """Put the log-probabilities of a chunk in the buffer, and what they say of its tokens in `values`."""
+        size = part.stop - part.start
+        logits = self.buffer[:size]
+        if self.bias is not None:
+            logits.copy_(self.bias)
+        _add_product(logits, self.factor(self.hidden[part]), self.matrix.t(), keep=self.bias is not None)
+        for at in _cut(0, size, self.step):
+            logp = log_softmax(logits[at], self.temperature)
+            logits[at] = logp
+            if values is not None:
+                tokens = slice(part.start + at.start, part.start + at.stop)
+                values.logp[tokens] = token_logp(logp, self.target[tokens, 0])
+                if values.entropy is not None:
+                    values.entropy[tokens] = -(logp.exp() * logp.clamp_(min=FLOOR)).sum(dim=-1)
+
+    def gradient(self, part: slice, values: HeadValues, pull: HeadValues) -> Tensor:
+        """Turn the log-probabilities in the buffer into the gradient of the logits; `pull` is that of the values."""
+        whole = self.buffer[: part.stop - part.start]
+        pull_logp = pull.logp.unsqueeze(-1) / self.temperature
+        for at in _cut(0, len(whole), self.step):
+            logp = whole[at]
+            p = logp.exp()
+            if pull.entropy is None or values.entropy is None:
+                torch.mul(p, -pull_logp[at], out=logp)
+            else:
+                pull_entropy = pull.entropy[at].unsqueeze(-1) / self.temperature
+                information = values.entropy[part][at].unsqueeze(-1)
+                logp.clamp_(min=FLOOR).add_(information).mul_(-pull_entropy).sub_(pull_logp[at]).mul_(p)
+        whole.scatter_add_(1, self.target[part], pull_logp)
+        return whole
+
+
+class _Sums:
+    """The gradients of the inputs that need one, added up chunk by chunk."""
+
+    def __init__(self, head: _Head, needed: Sequence[bool]) -> None:
+        self.head = head
+        self.gradients = [
+            torch.zeros(x.shape, dtype=head.dtype, device=x.device) if x is not None and need else None
+            for x, need in zip((head.hidden, head.weight, head.bias), needed, strict=True)
+        ]
+
+    def add(self, part: slice, gradient: Tensor) -> None:
+        """Add what the gradient of a chunk's logits means for the inputs."""
+        hidden, weight, bias = self.gradients
+        factor = gradient.to(self.head.matrix.dtype)
+        if hidden is not None:
+            _add_product(hidden[part], factor, self.head.matrix, keep=False)
+        if weight is not None:
+            _add_product(weight, factor.t(), self.head.factor(self.head.hidden[part]))
+        if bias is not None:
+            bias += gradient.sum(dim=0)
+
+
+def _cut(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, keep: bool = True) -> None:
+    """Add a @ b to `out` in its own dtype, or put it there if what `out` holds is not to be kept."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=int(keep), out=out)
+    else:  # half-precision factors on an accelerator
+        torch.addmm(out, a, b, beta=int(keep), out_dtype=out.dtype, out=out)
+
+
+class _Recomputed(torch.autograd.Function):
+    """`linear_logprob`: values now; logits again, and gradients, when the values' gradient is known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        temperature: float,
+        with_entropy: bool,
+        chunk_bytes: int | None,
+        factors: torch.dtype,
+    ) -> tuple[Tensor, Tensor | None]:
+        head = _Head((hidden, weight, bias), target, temperature, factors, chunk_bytes)
+        values = head.new_values(with_entropy)
+        for part in head.parts(slice(0, len(target))):
+            head.fill(part, values)
+        ctx.save_for_backward(hidden, weight, bias, target, *values)
+        ctx.settings = (temperature, factors, chunk_bytes)
+        ctx.set_materialize_grads(False)
+        return values.logp, values.entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, pull_logp: Tensor | None, pull_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, target, *values = ctx.saved_tensors
+        head = _Head((hidden, weight, bias), target, *ctx.settings)
+        sums = _Sums(head, ctx.needs_input_grad[:3])
+        pull = HeadValues(torch.zeros_like(values[0]) if pull_logp is None else pull_logp, pull_entropy)
+        for part in head.parts(slice(0, len(target))):
+            head.fill(part)
+            sums.add(part, head.gradient(part, HeadValues(*values), pull.part(part)))
+        gradients = (
+            None if x is None else x.to(like.dtype)
+            for x, like in zip(sums.gradients, (hidden, weight, bias), strict=True)
+        )
+        return *gradients, None, None, None, None, None
+
+
+class _Ready(torch.autograd.Function):
+    """A loss whose gradient is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *inputs: Tensor | None) -> Tensor:
+        ctx.gradients, ctx.dtypes = gradients, [None if x is None else x.dtype for x in inputs]
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the gradient of linear_logprob_loss was handed over before: call backward once")
+        gradients, ctx.gradients = ctx.gradients, None
+        return (
+            None,
+            None,
+            *(None if x is None else x.mul_(scale).to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True)),
+        )

@@ -1,0 +1,247 @@
+"""The packed way against the plain one: the same values and gradients, computed once and without padding."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support import TinyPolicy, exact
+
+from lightning_rlvr.models import packing
+from lightning_rlvr.models.forward import _plain, batch_logp, micro_batches, packs, response_logp, response_loss
+from lightning_rlvr.models.packing import distinct_prompts, parts_of, passes
+from lightning_rlvr.types import Rollouts
+
+# prompt number, tokens of the prompt, tokens of the response
+ROWS = [(0, 3, 4), (0, 3, 1), (0, 3, 9), (1, 7, 2), (1, 7, 0), (2, 1, 6), (3, 5, 1), (3, 5, 8), (3, 5, 8)]
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+def built(name, **settings):
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**SIZES, **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(8)
+    return model
+
+
+MODELS = {
+    "qwen3": lambda: TinyPolicy().load().model,
+    "llama, grouped queries": lambda: built("Llama", tie_word_embeddings=False),
+    "llama, tied": lambda: built("Llama", tie_word_embeddings=True),
+    "qwen2, biases": lambda: built("Qwen2"),
+    "mistral, window shorter than prompts": lambda: built("Mistral", sliding_window=4),
+    "gpt2, learned positions": lambda: gpt2(),
+}
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=99, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+        return GPT2LMHeadModel(config).eval()
+
+
+def batch(rows=ROWS, filler=0):
+    g = torch.Generator().manual_seed(0)
+    prompts = {number: torch.randint(2, 99, (length,), generator=g) for number, length, _ in rows}
+    place, n, width = torch.arange(10), len(rows), max(length for _, length, _ in rows)
+    ids, lengths = torch.full((n, width), filler), torch.tensor([[r] for _, _, r in rows])
+    for i, (number, length, _) in enumerate(rows):
+        ids[i, width - length :] = prompts[number]
+    zeros = torch.zeros(n, 10)
+    return Rollouts(
+        prompt_ids=ids,
+        prompt_mask=torch.arange(width) >= width - torch.tensor([[p] for _, p, _ in rows]),
+        response_ids=torch.randint(2, 99, (n, 10), generator=g),
+        mask=place < lengths,
+        logp=zeros,
+        entropy=zeros,
+        truncated=zeros[:, 0].bool(),
+    )
+
+
+def gradients(model, loss):
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def distance(got, wanted):
+    """The largest difference of two sets of gradients, relative to the largest gradient of each tensor."""
+    assert got.keys() == wanted.keys()
+    return max(float((got[n] - w).abs().max() / w.abs().max().clamp(min=1e-12)) for n, w in wanted.items())
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return MODELS[request.param]()
+
+
+def objective(values, weight):
+    """A loss that couples the tokens of a row and pulls on both values."""
+    rows = (values.logp * weight).sum(dim=1)
+    return rows.sum() + rows.square().sum() / 9 - (values.entropy * weight.square()).sum()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_values_and_gradients_equal_those_of_the_plain_way(model, dtype, bound, monkeypatch):
+    monkeypatch.setattr(packing, "PASS_TOKENS", 3)  # several passes
+    model = exact(model.to(dtype))
+    assert packs(model)
+    rollouts = batch()
+    weight = torch.randn(rollouts.mask.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    plain = _plain(model, rollouts, 0.7, True)
+    wanted = gradients(model, objective(plain, weight))
+
+    values = response_logp(model, rollouts, 0.7, with_entropy=True)
+    torch.testing.assert_close(values[:2], plain[:2], rtol=0, atol=10 * bound)
+    assert distance(gradients(model, objective(values, weight)), wanted) < bound
+
+    for size in (1, 2, 5, 9):
+        parts = micro_batches(model, rollouts, torch.arange(len(ROWS)), size)
+        model.zero_grad(set_to_none=True)
+        for part in parts:
+            loss = response_loss(
+                model, rollouts.rows(part), 0.7, lambda v, rows, part=part: objective(v, weight[part[rows]]), True
+            )
+            loss.backward()
+        assert distance({n: p.grad for n, p in model.named_parameters()}, wanted) < bound
+        alone = batch_logp(model, rollouts, 0.7, parts, with_entropy=True)
+        torch.testing.assert_close(alone[:2], plain[:2], rtol=0, atol=10 * bound)
+        assert not alone.logp.requires_grad
+
+
+def test_a_prompt_is_computed_once_for_its_responses_and_no_token_without_need():
+    model, seen = TinyPolicy().load().model, []
+    rollouts = batch()
+    packs(model)
+    hook = model.model.embed_tokens.register_forward_hook(lambda _, args, out: seen.append(args[0].numel()))
+    response_logp(model, rollouts, 1.0)
+    hook.remove()
+    prompts, inputs = 4 * 7, int((rollouts.mask.sum(1) - 1).clamp(min=0).sum())
+    assert seen[0] == prompts
+    assert inputs <= sum(seen[1:]) <= inputs + packing.PASS_TOKENS
+
+
+@pytest.mark.parametrize("filler", [0, 98])
+def test_what_stands_in_padding_does_not_matter(filler):
+    model = TinyPolicy().load().model
+    a, b = (response_logp(model, r, 1.0, True) for r in (batch(), batch(filler=filler)))
+    assert torch.equal(a.logp, b.logp)
+    assert torch.equal(a.entropy, b.entropy)
+
+
+def test_a_policy_equals_itself_to_the_bit_with_gradients_and_without():
+    model, rollouts, seen = TinyPolicy().load().model, batch(), torch.zeros(9, 10)
+    part = torch.arange(9)
+
+    def loss_of(values, rows):
+        seen[rows] = values.logp.detach()
+        return values.logp.sum()
+
+    response_loss(model, rollouts, 1.0, loss_of)
+    assert torch.equal(seen, batch_logp(model, rollouts, 1.0, [part]).logp)
+
+
+def soft_capped():
+    """Logits as small as those of random weights, under a cap so high that it hardly changes them."""
+    model = TinyPolicy().load().model
+    whole = model.forward
+
+    def forward(**inputs):
+        output = whole(**inputs)
+        output.logits = 30 * torch.tanh(output.logits / 30)
+        return output
+
+    model.forward = forward
+    return model
+
+
+@pytest.mark.parametrize(
+    "made",
+    [soft_capped, lambda: built("Cohere", logit_scale=0.5), lambda: built("Granite", logits_scaling=2.0)],
+    ids=["soft cap", "scaled down", "divided"],
+)
+def test_models_with_other_heads_take_the_plain_way(made):
+    model, rollouts = made().double(), batch()
+    with pytest.warns(UserWarning, match="plain way"):
+        assert not packs(model)
+    values, plain = response_logp(model, rollouts, 1.0, True), _plain(model, rollouts, 1.0, True)
+    assert torch.equal(values.logp, plain.logp)
+    loss = response_loss(model, rollouts, 1.0, lambda v, rows: v.logp[rows.argsort()].sum())
+    assert torch.equal(loss, plain.logp.sum())
+    assert [len(part) for part in micro_batches(model, rollouts, torch.arange(9), 4)] == [4, 4, 1]
+
+
+def test_a_changed_output_layer_takes_the_plain_way():
+    class Shifted(torch.nn.Linear):
+        pass
+
+    model = TinyPolicy().load().model
+    model.lm_head = Shifted(32, 99, bias=False)
+    with pytest.warns(UserWarning, match="not a plain linear layer"):
+        assert not packs(model)
+
+
+def test_a_bias_of_the_output_layer_counts():
+    model = exact(TinyPolicy(dtype="float64").load().model)
+    model.lm_head = torch.nn.Linear(32, 99, bias=True, dtype=torch.float64)
+    assert packs(model)
+    rollouts = batch()
+    wanted = gradients(model, _plain(model, rollouts, 1.0, False).logp.sum())
+    assert distance(gradients(model, response_logp(model, rollouts, 1.0).logp.sum()), wanted) < 1e-10
+    assert wanted["lm_head.bias"].any()
+
+
+def test_distinct_prompts_are_runs_of_equal_rows():
+    rollouts = batch()
+    first, run = distinct_prompts(rollouts)
+    assert first.tolist() == [0, 3, 5, 6]
+    assert run.tolist() == [number for number, _, _ in ROWS]
+    shuffled = rollouts.rows(torch.tensor([0, 3, 1]))
+    assert distinct_prompts(shuffled)[1].tolist() == [0, 1, 2]
+    dressed = replace(rollouts, prompt_ids=rollouts.prompt_ids.masked_fill(~rollouts.prompt_mask, 50) + 0)
+    dressed.prompt_ids[1, 0] = 7  # padding
+    assert distinct_prompts(dressed)[1].tolist() == run.tolist()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 9])
+def test_parts_hold_each_row_once_within_the_budget(size):
+    rollouts = batch()
+    prompt, response = rollouts.prompt_mask.sum(1), rollouts.mask.sum(1)
+    rows = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8])
+    parts = parts_of(rollouts, rows, size)
+    assert sorted(torch.cat(parts).tolist()) == rows.tolist()
+    for part in parts:
+        own = {ROWS[row][0]: ROWS[row][1] for row in part.tolist()}
+        assert sum(own.values()) + int(response[part].sum()) <= size * int((prompt + response)[rows].max())
+    if size > 1:
+        homes = [{ROWS[row][0] for row in part.tolist()} for part in parts]
+        assert sum(map(len, homes)) == 4, "rows that share a prompt stay together"
+
+
+@pytest.mark.parametrize(
+    ("lengths", "cut"),
+    [([9, 9, 9], [3]), ([100, 90, 40, 40, 39], [2, 3]), ([300, 1], [1, 1]), ([5], [1]), ([0, 0], [2])],
+)
+def test_passes_hold_rows_of_like_length(lengths, cut):
+    parts = list(passes(lengths))
+    assert [part.stop - part.start for part in parts] == cut
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(len(lengths)))
