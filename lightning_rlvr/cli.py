@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_rlvr import compare
+from lightning_rlvr import compare, sweep
 from lightning_rlvr.training import RLVRDataModule, RLVRModule, Trainer
 from lightning_rlvr.training.callbacks import (
     AdaptiveOrder,
@@ -133,6 +137,41 @@ class RLVRCLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
 
+class ConfigOnly(RLVRCLI):
+    """The same command line read and checked, without a run."""
+
+    def before_instantiate_classes(self) -> None:
+        """Claim no folder."""
+
+    def instantiate_classes(self) -> None:
+        """Build what the config names, but no trainer."""
+        self.parser.instantiate_classes(self.config)
+
+    def _set_seed(self) -> None:
+        """Leave the random state alone."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
+def fit_config(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the resolved config of `fit` with these arguments, as a run writes it into its config.yaml.
+
+    Raises: UserError if a key or a value is refused.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            parsed = ConfigOnly(["fit", *arguments])
+    except SystemExit as error:
+        raise UserError(said.getvalue().removeprefix("error: ").rstrip()) from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    dumped: dict[str, Any] = yaml.safe_load(parsed.parser.dump(parsed.config, skip_none=False))
+    return dict(dumped["fit"])
+
+
 def free_folder(wanted: Path) -> Path:
     """Return the folder, or the first of wanted-2, wanted-3, ... that does not exist or is empty.
 
@@ -161,6 +200,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         if words[:1] == ["compare"]:
             compare.main(words[1:])
+        elif words[:1] == ["sweep"]:
+            sweep.main(words[1:], fit_config)
         else:
             RLVRCLI(args)
     except (UserError, MisconfigurationException) as error:
