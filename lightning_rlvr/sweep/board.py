@@ -82,12 +82,8 @@ class Board:
     def table(self) -> Table:
         """Return the table: a row for each variant, a column for each seed."""
         seeds = list(dict.fromkeys(run.seed for run in self._runs))
-        table = Table(
-            "variant",
-            *(f"seed {seed}" for seed in seeds),
-            title=", ".join([self._count(), *self._rest()]),
-            title_justify="left",
-        )
+        title = ", ".join([self._count(), *self._rest()])
+        table = Table("variant", *(f"seed {seed}" for seed in seeds), title=title, title_justify="left")
         by_variant: dict[str, list[Text]] = {}
         for run in self._runs:
             by_variant.setdefault(run.variant, []).append(self._cell(run))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import platform
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,11 +21,13 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
+from lightning_rlvr.models.cache import cache_root
 from lightning_rlvr.sweep.board import Board
 from lightning_rlvr.sweep.executors import Cluster, Executor, Local, machine_memory
 from lightning_rlvr.sweep.experiment import Experiment, Resolve, Run, check, read_experiment
 from lightning_rlvr.sweep.process import Setup
 from lightning_rlvr.sweep.state import State, beside, is_finished, is_running, last_words, state_of, write_json
+from lightning_rlvr.training.callbacks.summary import PACKAGES
 from lightning_rlvr.types import UserError
 
 POLL = 0.5  # seconds
@@ -71,7 +75,7 @@ def sweep(
     check(plan, resolve)
     output = output or Path("runs") / experiment.stem
     texts = {path: path.read_text(encoding="utf-8") for path in plan.files()}
-    setup = Setup(output, threads, texts, _commit(experiment.parent))
+    setup = Setup(output, threads, texts, _commit(experiment.parent), cache_root(None).absolute(), versions())
     runs = plan.runs(output)
     states = {run: state_of(run, setup.manifest, resolve) for run in runs}
     queue = [run for run in runs if states[run] == "waiting" or (retry and states[run] == "failed")]
@@ -169,6 +173,11 @@ def _write_manifest(path: Path, plan: Experiment, setup: Setup, runs: Sequence[R
         "commands": {run.name: setup.command(run) for run in runs},
     }
     write_json(setup.output / "sweep.json", contents)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that results depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def _commit(folder: Path) -> str | None:

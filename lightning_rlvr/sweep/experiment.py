@@ -113,8 +113,8 @@ def _variants(value: Any) -> dict[str, dict[str, Any]]:
     for name in value:
         if not NAME.fullmatch(str(name)):
             raise UserError(
-                f"a variant's name must be of letters, digits and ._+-, and begin with a letter or digit, got {name!r}: "
-                "it names a folder. Set variants."
+                f"a variant's name must be of letters, digits and ._+-, with one of the former first, got {name!r}: it "
+                "names a folder. Set variants."
             )
     return {str(name): _overrides(own or {}, f"variants.{name}") for name, own in value.items()}
 

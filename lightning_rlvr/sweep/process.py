@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import os
-import platform
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lightning_rlvr.models.cache import cache_root
 from lightning_rlvr.sweep import state
 from lightning_rlvr.sweep.experiment import Run
-from lightning_rlvr.training.callbacks.summary import PACKAGES
 from lightning_rlvr.types import UserError
 
+PROGRAM: tuple[str, ...] = (sys.executable, "-m", "lightning_rlvr")
 ASIDE = ".unfinished"  # where what was left of runs that did not finish is kept
 
 
@@ -33,6 +30,8 @@ class Setup:
             cache: a policy that was warmed up with other threads has other weights, so each number has its own.
         configs: the text of each config that runs read, as it was when the sweep was started.
         commit: of the experiment's repository, if it lies in one.
+        cache: the folder that each number of threads has a cache in.
+        versions: of Python and the packages that results depend on.
         program: what `fit` and its arguments are put after.
     """
 
@@ -40,10 +39,9 @@ class Setup:
     threads: int
     configs: dict[Path, str]
     commit: str | None
-    program: tuple[str, ...] = (sys.executable, "-m", "lightning_rlvr")
-    versions: dict[str, str] = field(
-        default_factory=lambda: {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    )
+    cache: Path
+    versions: dict[str, str]
+    program: tuple[str, ...] = field(default_factory=lambda: PROGRAM)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -53,8 +51,8 @@ class Setup:
     @property
     def environment(self) -> dict[str, str]:
         """The environment variables that each run is given."""
-        threads, cache = str(self.threads), cache_root(None).absolute() / f"threads-{self.threads}"
-        return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "LIGHTNING_RLVR_CACHE": str(cache)}
+        threads, cache = str(self.threads), str(self.cache / f"threads-{self.threads}")
+        return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "LIGHTNING_RLVR_CACHE": cache}
 
     def command(self, run: Run) -> list[str]:
         """Return the command of a run."""

@@ -141,10 +141,10 @@ def progress_of(run: Run) -> Progress:
 def last_words(run: Run) -> str:
     """Return the last lines of the run's log, without progress bars that were drawn over."""
     try:
-        text = beside(run, "log").read_text(encoding="utf-8", errors="replace")
+        text = beside(run, "log").read_bytes().decode(errors="replace")
     except OSError:
         return ""
-    lines = [line.rsplit("\r", 1)[-1].rstrip() for line in text.splitlines()]
+    lines = [line.rsplit("\r", 1)[-1].rstrip() for line in text.split("\n")]
     return "\n".join([line for line in lines if line][-LOG_LINES:])
 
 
