@@ -12,12 +12,12 @@ JOBS = {"submit": "local", "submit_parameters": {"timeout_min": 2}}
 
 def test_every_run_is_a_job(run_sweep, tmp_path):
     out = tmp_path / "out"
-    assert run_sweep(JOBS)
+    assert run_sweep(JOBS, seeds=[1])
     records = [json.loads(path.read_text()) for path in out.glob("*/seed-*.json")]
-    assert [record["exit"] for record in records] == [0, 0, 0, 0]
-    assert len(list((out / ".jobs").glob("*_result.pkl"))) == 4
-    assert run_sweep(JOBS)
-    assert len(list((out / ".jobs").glob("*_result.pkl"))) == 4
+    assert [record["exit"] for record in records] == [0, 0]
+    assert len(list((out / ".jobs").glob("*_result.pkl"))) == 2
+    assert run_sweep(JOBS, seeds=[1])
+    assert len(list((out / ".jobs").glob("*_result.pkl"))) == 2
 
 
 def test_a_job_that_fails_is_a_run_that_failed(run_sweep, tmp_path, capsys):

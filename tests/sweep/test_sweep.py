@@ -201,7 +201,7 @@ def test_impossible_bounds_are_refused(run_sweep, options, message):
     ("cores", "threads", "memory", "at_a_time"),
     [(4, 1, 8.0, 4), (4, 2, 8.0, 2), (4, 8, 8.0, 1), (4, 1, 2.5, 2), (4, 1, 0.5, 1)],
 )
-def test_as_many_run_at_a_time_as_cores_and_memory_allow(
+def test_cores_and_memory_bound_the_runs_at_a_time(
     write, setup_of, out, monkeypatch, cores, threads, memory, at_a_time
 ):
     monkeypatch.setattr(executors, "cores", lambda: cores)
