@@ -1,4 +1,4 @@
-"""The command line: fit, validate, test, predict, score and compare, each from a config."""
+"""The command line: fit, validate, test, predict, score, compare, sweep and report, each from a config."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_rlvr import compare
+from lightning_rlvr.report import command as report
 from lightning_rlvr.sweep import command as sweep
 from lightning_rlvr.training import RLVRDataModule, RLVRModule, Trainer
 from lightning_rlvr.training.callbacks import (
@@ -40,8 +41,9 @@ from lightning_rlvr.types import UserError
 
 PROGRAM = "python -m lightning_rlvr"
 DESCRIPTION = (
-    "Train language models with verifiable rewards and watch their entropy. Beside the subcommands below there is "
-    f"`{PROGRAM} compare`, which replays one rollout batch under many objectives and has a --help of its own."
+    "Train language models with verifiable rewards and watch their entropy. Beside the subcommands below there are, "
+    f"with a --help of their own: `{PROGRAM} compare`, which replays one rollout batch under many objectives; `sweep`, "
+    "which does every run of an experiment; and `report`, which makes tables and figures of a sweep."
 )
 
 
@@ -201,6 +203,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         if words[:1] == ["compare"]:
             compare.main(words[1:])
+        elif words[:1] == ["report"]:
+            report.main(words[1:])
         elif words[:1] == ["sweep"]:
             sweep.main(words[1:], fit_config)
         else:
