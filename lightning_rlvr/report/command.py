@@ -28,9 +28,10 @@ PAGE = Path(__file__).with_name("page.html")
 BASELINE = "grpo"  # if there is one and none is named
 DPI = 150
 CAPTIONS = {
-    "training": "Means over seeds; the band is the 95 % t-interval of the mean. Training curves are centred means of "
-    "{smooth} rollout batches; held-out values are those of each validation, the first before any update.",
-    "classes": "Shares and k3 estimates of the KL of the classes of tokens that an objective singles out, as above.",
+    "training": "Means over seeds; the band is the 95 % t-interval of the mean, as far as runs have reached. Held-out "
+    "values are those of each validation, the first before any update.{smooth}",
+    "classes": "Shares of the classes of tokens that an objective singles out, and k3 estimates of their KL, drawn as "
+    "above; the axis of a KL leaves out its highest 2 %, which are single spikes.",
     "law": "Each dot is a rollout batch of a seed: its accuracy against its mean token entropy. The line is the least-"
     "squares fit R = -a exp(H) + b (arXiv 2505.22617).",
     "ends": "Each small dot is a seed, the large one their mean, the bars its 95 % t-intervals.",
@@ -95,12 +96,13 @@ def _text(
         parts += [
             f"## Against {baseline}, seed by seed",
             f"Mean over seeds of the difference to {baseline} with the same seed, and its 95 % t-interval; \\* where "
-            "that leaves out 0, not corrected for the number of comparisons. paired.csv has the p-values.",
+            "that, as printed, leaves out 0; not corrected for the number of comparisons. paired.csv has the p-values.",
             markdown(paired_table(compared)),
         ]
     parts.append("## Figures")
+    averaged = f" Training curves are centred means of {smooth} rollout batches." if smooth > 1 else ""
     for name in pictures:
-        parts += [f"![{name}]({name}.png)", CAPTIONS[name].format(smooth=smooth)]
+        parts += [f"![{name}]({name}.png)", CAPTIONS[name].format(smooth=averaged)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -21,6 +21,7 @@ COLOURS = (
     *("#8c564b", "#11a579", "#e73f74", "#80ba5a", "#f2b701", "#3969ac", "#a5aa99"),
 )
 BASELINE, GRID = "#222222", "#e4e4e4"
+BAND = 0.4
 PANEL = (3.6, 2.7)  # inches
 STYLE = {
     "font.size": 9,
@@ -36,6 +37,7 @@ STYLE = {
     "lines.linewidth": 1.6,
     "svg.hashsalt": "lightning_rlvr",  # the same figure is the same file
 }
+SPIKES = 0.98  # a k3 estimate has single values far above all others, beyond this quantile
 BATCHES = "rollout batches"
 TRAINING = {
     "train/entropy": ("token entropy in training", "nats a token"),
@@ -90,13 +92,15 @@ def _classes(training: pd.DataFrame, colour: Mapping[str, str]) -> Figure | None
     panels, drawn, smooth = [], set[str](), smoothing(training)
     for kind, (title, unit) in CLASSES.items():
         for column in sorted(name for name in map(str, training) if name.startswith(f"train/{kind}/")):
-            if not training[column].abs().max() > 0:
+            top = training.groupby("variant")[column].max()
+            mine = training[training["variant"].isin(top[top > 0].index)]
+            if mine.empty:
                 continue
-            drawn |= set(training.loc[training[column].notna(), "variant"])
+            drawn |= set(mine["variant"])
             name = column.rsplit("/", 1)[1]
             text = TARGETS.get(name, title.format(name))
-            curves = partial(_curves, curves=training, column=column, smooth=smooth, colour=colour, title=text)
-            panels.append(partial(curves, unit=unit, bottom=0.0))
+            curves = partial(_curves, curves=mine, column=column, smooth=smooth, colour=colour, title=text)
+            panels.append(partial(curves, unit=unit, bottom=0.0, most=SPIKES if kind == "kl" else 1.0))
     shown = {variant: shade for variant, shade in colour.items() if variant in drawn}
     return _figure(panels, 3, shown) if panels else None
 
@@ -140,7 +144,7 @@ def _ends(runs: pd.DataFrame, accuracy: str, colour: Mapping[str, str]) -> Figur
         axes.set_title("after training, held-out")
         axes.set_xlabel("token entropy (nats a token)")
         axes.set_ylabel(f"{accuracy} (share correct)")
-        axes.set_xlim(left=min(0.0, axes.get_xlim()[0]) if axes.get_xlim()[0] < 0.02 else None)
+        axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))  # an interval may reach below 0, entropy does not
 
     return _figure([panel], 1, colour, scale=1.5)
 
@@ -155,16 +159,23 @@ def _curves(
     unit: str,
     marker: str = "",
     bottom: float | None = None,
+    most: float = 1.0,
 ) -> None:
+    """Draw a column over batches, a line for each variant; the axis ends at `bottom` and the quantile `most`."""
+    alpha = BAND / max(3, curves["variant"].nunique())  # where many overlap each is fainter
     for variant, band in bands(curves[curves[column].notna()], column, smooth).groupby("variant", sort=False):
         shade = colour[str(variant)]
         axes.plot(band["batch"], band["mean"], color=shade, marker=marker, markersize=4)
-        axes.fill_between(band["batch"], band["low"], band["high"], color=shade, alpha=0.13, linewidth=0)
+        axes.fill_between(band["batch"], band["low"], band["high"], color=shade, alpha=alpha, linewidth=0)
     axes.set_title(title)
     axes.set_xlabel(BATCHES)
     axes.set_ylabel(unit)
     axes.margins(x=0.02)
-    axes.set_ylim(bottom=bottom)
+    # An interval may reach where no run has been, or can be.
+    low = float(curves[column].min()) if bottom is None else bottom
+    high = float(curves[column].quantile(most))
+    room = 0.05 * (high - low) or 0.05
+    axes.set_ylim(low - room if bottom is None else bottom, high + room)
 
 
 def _figure(

@@ -73,6 +73,7 @@ def _column(summary: pd.DataFrame, metric: str) -> dict[str, str]:
 
 
 def _difference(difference: float, low: float, high: float, digits: int) -> str:
+    difference, low, high = (round(value, digits) + 0.0 for value in (difference, low, high))  # no -0.000
     text = f"{difference:+.{digits}f}"
     if math.isnan(low):
         return text

@@ -123,3 +123,20 @@ def test_the_command_prints_the_table_and_where_the_page_is(study, tmp_path, cap
     assert "sent" in said
     assert "Against mask" in (tmp_path / "out" / "report.md").read_text()
     assert "out/report.html" in said.replace("\n", "")
+
+
+def test_axes_end_where_runs_have_been_and_spikes_are_left_out(study):
+    training = read_training(study)
+    training.loc[training.index[-1], ["train/kl/old", "train/entropy"]] = [50.0, 2.0]
+    drawn = figures(read_runs(study), training, read_held_out(study), "grpo")
+    assert drawn["training"].axes[0].get_ylim()[1] == pytest.approx(2.0, rel=0.06)
+    old = next(axes for axes in drawn["classes"].axes if axes.get_title(loc="left").endswith("that sampled"))
+    assert old.get_ylim()[0] == 0
+    assert old.get_ylim()[1] < 50
+
+
+def test_what_rounds_to_nothing_has_no_sign(study):
+    table = paired(read_runs(study), "grpo")
+    table.loc[("sent", "avg@4"), ["difference", "low", "high"]] = [-0.0001, -0.0002, -0.0001]
+    header, sent, _ = paired_table(table)
+    assert sent[header.index("avg@4")] == "+0.000 [+0.000, +0.000]"
