@@ -1,14 +1,18 @@
-"""The command line: fit, validate, test, predict, score, evaluate, compare and data check, each from a config."""
+"""The command line: fit, validate, test, predict and score, and the commands that have a parser of their own."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -16,6 +20,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_rlvr import compare, data_check, evaluation
+from lightning_rlvr.report import command as report
+from lightning_rlvr.sweep import command as sweep
 from lightning_rlvr.training import RLVRDataModule, RLVRModule, Trainer
 from lightning_rlvr.training.callbacks import (
     AdaptiveOrder,
@@ -35,10 +41,11 @@ from lightning_rlvr.types import UserError
 
 PROGRAM = "python -m lightning_rlvr"
 DESCRIPTION = (
-    "Train language models with verifiable rewards and watch their entropy. Beside the subcommands below there are "
-    f"`{PROGRAM} evaluate`, which takes models through benchmarks (pass@k, avg@k, maj@k with intervals), "
-    f"`{PROGRAM} compare`, which replays one rollout batch under many objectives, and `{PROGRAM} data check`, which "
-    "checks the questions of a config; each has a --help of its own."
+    "Train language models with verifiable rewards and watch their entropy. Beside the subcommands below there are, "
+    f"with a --help of their own: `{PROGRAM} evaluate`, which takes models through benchmarks (pass@k, avg@k, maj@k "
+    "with intervals); `data check`, which checks the questions of a config; `compare`, which replays one rollout batch "
+    "under many objectives; `sweep`, which does every run of an experiment; and `report`, which makes tables and figures "
+    "of a sweep."
 )
 
 
@@ -135,8 +142,8 @@ class RLVRCLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
 
-class DataCheckCLI(RLVRCLI):
-    """What `fit` would build, but for the trainer and the run's folder; nothing runs."""
+class ConfigOnly(RLVRCLI):
+    """The same command line read and checked, and what it names built, but for trainer, seed and run."""
 
     def before_instantiate_classes(self) -> None:
         """Claim no folder."""
@@ -145,19 +152,38 @@ class DataCheckCLI(RLVRCLI):
         """Build no trainer."""
         return
 
+    def _set_seed(self) -> None:
+        """Leave the random state alone."""
+
     def _run_subcommand(self, subcommand: str) -> None:
-        return
+        """Run nothing."""
 
 
 def check_data(words: list[str]) -> int:
     """`python -m lightning_rlvr data check`: print the report, write it if asked to, return the exit status."""
     chosen, rest = data_check.options(words)
-    built = DataCheckCLI(["fit", *rest])
+    built = ConfigOnly(["fit", *rest])
     report = data_check.check(built.datamodule, built.model, chosen["ngram"], chosen["containment"])
     report.show()
     if chosen["output"] is not None:
         report.write(chosen["output"])
     return report.exit_status
+
+
+def fit_config(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the resolved config of `fit` with these arguments, as a run writes it into its config.yaml.
+
+    Raises: UserError if a key or a value is refused.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            parsed = ConfigOnly(["fit", *arguments])
+    except SystemExit as error:
+        raise UserError(said.getvalue().removeprefix("error: ").rstrip()) from error
+    dumped: dict[str, Any] = yaml.safe_load(parsed.parser.dump(parsed.config, skip_none=False))
+    return dict(dumped["fit"])
 
 
 def free_folder(wanted: Path) -> Path:
@@ -193,6 +219,10 @@ def main(args: list[str] | None = None) -> None:
             evaluation.main(words[1:])
         elif words[:2] == ["data", "check"]:
             sys.exit(check_data(words[2:]))
+        elif words[:1] == ["report"]:
+            report.main(words[1:])
+        elif words[:1] == ["sweep"]:
+            sweep.main(words[1:], fit_config)
         else:
             RLVRCLI(args)
     except (UserError, MisconfigurationException) as error:

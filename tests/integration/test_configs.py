@@ -5,9 +5,11 @@ import pytest
 import yaml
 from support import QUICKSTART, ROOT
 
-from lightning_rlvr.cli import main
+from lightning_rlvr.cli import fit_config, main
+from lightning_rlvr.sweep.experiment import check, read_experiment
 
-CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "experiments").glob("*.yaml")])
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
 OVERLAYS = sorted((ROOT / "configs" / "objectives").glob("*.yaml"))
 
 
@@ -22,6 +24,11 @@ def printed(capsys, *flags: str) -> dict:
 def test_config_parses(config, capsys):
     parsed = printed(capsys, "--config", str(config))
     assert parsed["model"]["objective"]["class_path"].startswith("lightning_rlvr.objectives.")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_run_of_an_experiment_has_a_config(experiment):
+    check(read_experiment(experiment), fit_config)
 
 
 def test_an_override_reaches_what_interpolates_it(capsys):
