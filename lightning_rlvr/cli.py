@@ -44,8 +44,8 @@ DESCRIPTION = (
     "Train language models with verifiable rewards and watch their entropy. Beside the subcommands below there are, "
     f"with a --help of their own: `{PROGRAM} evaluate`, which takes models through benchmarks (pass@k, avg@k, maj@k "
     "with intervals); `data check`, which checks the questions of a config; `compare`, which replays one rollout batch "
-    "under many objectives; `sweep`, which does every run of an experiment; and `report`, which makes tables and figures "
-    "of a sweep."
+    "under many objectives; `sweep`, which does every run of an experiment; and `report`, which makes its tables and "
+    "figures."
 )
 
 
