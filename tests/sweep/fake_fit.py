@@ -34,7 +34,8 @@ def main():
     if behave == "linger":
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            while not (run.parents[1] / "go").exists():
+            deadline = time.monotonic() + 60
+            while not (run.parents[1] / "go").exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
         except KeyboardInterrupt:
             status, code = "interrupted", 1
