@@ -21,7 +21,8 @@ from lightning_rlvr.rewards.sandbox.process import START_S
 from lightning_rlvr.types import Prompt, Response, Reward, Status, UserError, Verdict
 
 MAX_CODE = 100_000  # characters: a longer response is looked at from there to its end
-_FENCED = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_FENCED = re.compile(r"^([ \t]*)```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_FUTURE = re.compile(r"^from __future__ import [\w, ]+(?:#.*)?$", re.MULTILINE)
 _PYTHON = {"python", "py", "python3"}
 _NUMBER = 60  # characters: longer tokens are compared as text
 
@@ -105,9 +106,12 @@ class CodeTests(Reward):
     def _judge(self, code: Code, problem: Problem) -> Verdict:
         if not code.text.strip():
             return Verdict(0.0, Status.UNPARSABLE)
-        text = f"{self.prelude}\n{code.text}" if self.prelude else code.text
+        before = f"{self.prelude}\n" if self.prelude else ""
         try:
-            status, answer = self._print(text, problem) if isinstance(problem, Printing) else self._call(text, problem)
+            if isinstance(problem, Printing):
+                status, answer = self._print(in_front(before, code.text), problem)
+            else:
+                status, answer = self._call(in_front(before + problem.before, code.text), problem)
         except OSError:  # out of processes, descriptors or memory
             return Verdict(0.0, Status.ERROR)
         if status is Status.UNPARSABLE and code.marked:
@@ -129,13 +133,10 @@ class CodeTests(Reward):
     def _call(self, code: str, problem: Calling) -> tuple[Status, str | None]:
         """Let an examiner run the tests: a process of its own, with a pipe to and from the candidate's."""
         total_s = self.limits.wall_s * (len(problem.tests) + 1)
-        asks, asked = os.pipe()
-        tells, told = os.pipe()
         with contextlib.ExitStack() as stack:
             with contextlib.ExitStack() as ours:
-                for descriptor in (asks, asked, tells, told):
-                    ours.callback(os.close, descriptor)
-                program = Program("candidate", problem.before + code, stdin=asks, stdout=told)
+                (asks, asked), (tells, told) = _pipe(ours), _pipe(ours)
+                program = Program("candidate", code, stdin=asks, stdout=told)
                 candidate = stack.enter_context(self.sandbox.start(program, replace(self.limits, wall_s=total_s)))
                 more = {
                     "pipe": (tells, asked),
@@ -150,6 +151,14 @@ class CodeTests(Reward):
             return _reported(run, candidate.ready(), len(problem.tests))
 
 
+def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
+    """Return both ends of a pipe that the stack closes."""
+    pair = os.pipe()
+    for descriptor in pair:
+        stack.callback(os.close, descriptor)
+    return pair
+
+
 _ENDS = {End.TIMEOUT: Status.TIMEOUT, End.NO_CODE: Status.UNPARSABLE, End.NO_START: Status.ERROR}
 
 
@@ -160,11 +169,24 @@ def find_code(response: str) -> Code:
     Code(text='print(1)\n', marked=True)
     """
     response = response[-MAX_CODE:]
-    blocks = _FENCED.findall(response)
+    blocks = [
+        (language, re.sub(f"^{indent}", "", text, flags=re.MULTILINE))  # a block in a list is indented with its fence
+        for indent, language, text in _FENCED.findall(response)
+    ]
     python = [text for language, text in blocks if language.lower() in _PYTHON]
     if blocks:
         return Code((python or [text for _, text in blocks])[-1], True)
     return Code(response, False)
+
+
+def in_front(before: str, code: str) -> str:
+    r"""Put a text in front of a program, but behind what Python wants at the very beginning.
+
+    >>> in_front("import math\n", "from __future__ import annotations\nprint(1)")
+    'from __future__ import annotations\nimport math\n\nprint(1)'
+    """
+    first = _FUTURE.findall(code) if before else []
+    return "\n".join([*first, before + _FUTURE.sub("", code)]) if first else before + code
 
 
 def same_output(output: str, expected: str) -> bool:

@@ -46,6 +46,7 @@ def judge(text, prompt, **settings):
         ("```\na\n```\n```text\nb\n```", "b\n", True),
         ("```python\na = '''\n  ``` '''\n", "a = '''\n", True),
         ("```python\na\nb", "a\nb", True),
+        ("1. So:\n   ```python\n   def f():\n       pass\n\n   ```\n", "def f():\n    pass\n\n", True),
         ("    return 1\n", "    return 1\n", False),
         ("", "", False),
     ],
@@ -212,6 +213,9 @@ def test_a_sandbox_that_does_not_start_is_an_error(monkeypatch):
         ("```python\na, b = map(int, input().split())\nprint(a + b)\n```", "correct"),
         ("import sys\nprint(sum(map(int, sys.stdin.read().split())))", "correct"),
         ("print(sum(map(int, open(0).read().split())))\nif __name__ != '__main__': print(1)", "correct"),
+        ("import sys\nprint(sum(map(int, input().split())))\nif sys.argv: exit()\nprint(1)", "correct"),
+        ("print(sum(map(int, input().split())))\nquit(0)", "correct"),
+        ("print(sum(map(int, input().split())))\nexit(1)", "wrong"),
         ("print(3)", "wrong"),
         ("```python\nprint(\n```", "wrong"),
         ("The answer is 3.", "unparsable"),
@@ -232,6 +236,12 @@ def test_printing(text, status):
     [
         ("class Solution:\n  def f(self, a: List[int], b):\n    return tuple(x + b for x in a)", "correct"),
         ("def f(a, b): return [x + b for x in a]", "correct"),
+        ("from __future__ import annotations\ndef f(a, b: Any): return [x + b for x in a]", "correct"),
+        (
+            "from __future__ import annotations  # so\nfrom dataclasses import dataclass\n"
+            "@dataclass\nclass A:\n  x: List[int]\ndef f(a, b): return [x + b for x in A(a).x]",
+            "correct",
+        ),
         ("def f(a, b): return a", "wrong"),
         ("def f(a, b): print(1 / 0)", "wrong"),
         ("I cannot.", "unparsable"),
@@ -241,6 +251,15 @@ def test_printing(text, status):
 def test_calls(text, status):
     prompt = question(public_test_cases=json.dumps(FUNCTIONAL), metadata='{"func_name": "f"}')
     assert judge(text, prompt, prelude="from typing import *", timeout_s=1.0).status.value == status
+
+
+@isolated
+def test_a_method_goes_before_what_the_prelude_imports():
+    case = {"input": "[3, 3]", "output": "2", "testtype": "functional"}
+    prompt = question(public_test_cases=json.dumps([case]), metadata='{"func_name": "count"}')
+    prelude = "from itertools import *"
+    assert judge("class Solution:\n  def count(self, a): return len(a)", prompt, prelude=prelude).correct
+    assert judge("def count(a): return len(a)", prompt, prelude=prelude).correct
 
 
 @isolated
