@@ -173,6 +173,9 @@ def _value(parsed: list[Any]) -> Number | None:
     parts = _expressions(parsed)
     if len(parts) != 1 or not isinstance(parts[0], Expr) or not parts[0].is_number:
         return None
+    written = plain_number(_kept(parsed) or "")  # without its unit
+    if written is not None:
+        return written
     value = parts[0].evalf(_FLOAT if parts[0].has(Float) else _EVALUATED)
     if not (value.is_Float or value.is_Integer or value.is_Rational):
         return None

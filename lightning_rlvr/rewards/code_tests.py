@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import re
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -96,20 +97,22 @@ class CodeTests(Reward):
         codes = [find_code(response.text) for response in responses]
         keys = [(code, id(prompt)) for code, prompt in zip(codes, prompts, strict=True)]
         jobs = list(dict.fromkeys(keys))
-        pool = ThreadPoolExecutor(self.workers)
+        pool, stop = ThreadPoolExecutor(self.workers), threading.Event()
         try:
-            found = dict(zip(jobs, pool.map(lambda job: self._judge(job[0], problems[job[1]]), jobs), strict=True))
+            verdicts = pool.map(lambda job: self._judge(job[0], problems[job[1]], stop), jobs)
+            found = dict(zip(jobs, verdicts, strict=True))
         finally:
+            stop.set()  # an interrupt waits for the tests that run, not for all of their programs
             pool.shutdown(cancel_futures=True)
         return [found[key] for key in keys]
 
-    def _judge(self, code: Code, problem: Problem) -> Verdict:
+    def _judge(self, code: Code, problem: Problem, stop: threading.Event) -> Verdict:
         if not code.text.strip():
             return Verdict(0.0, Status.UNPARSABLE)
         before = f"{self.prelude}\n" if self.prelude else ""
         try:
             if isinstance(problem, Printing):
-                status, answer = self._print(in_front(before, code.text), problem)
+                status, answer = self._print(in_front(before, code.text), problem, stop)
             else:
                 status, answer = self._call(in_front(before + problem.before, code.text), problem)
         except OSError:  # out of processes, descriptors or memory
@@ -118,10 +121,12 @@ class CodeTests(Reward):
             status, answer = Status.WRONG, "it does not compile"
         return Verdict(float(status is Status.CORRECT), status, answer)
 
-    def _print(self, code: str, problem: Printing) -> tuple[Status, str | None]:
-        """Run the program on every input, up to the first that takes too long."""
+    def _print(self, code: str, problem: Printing, stop: threading.Event) -> tuple[Status, str | None]:
+        """Run the program on every input, up to the first that takes too long, or until nobody waits any more."""
         passed, seen = 0, hashlib.sha256()
         for given, expected in problem.tests:
+            if stop.is_set():
+                return Status.ERROR, None
             run = self.sandbox.run(Program("script", code, stdin=given.encode("utf-8", "replace")), self.limits)
             if run.end in _ENDS:
                 return _ENDS[run.end], None
