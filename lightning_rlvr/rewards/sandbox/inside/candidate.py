@@ -46,7 +46,7 @@ class Server:
 
         What a prelude imports may have the same name: itertools.count.
         """
-        solution = self.namespace.get("Solution")
+        solution: Any = self.namespace.get("Solution")
         return getattr(solution(), name) if hasattr(solution, name) else self.namespace[name]
 
 

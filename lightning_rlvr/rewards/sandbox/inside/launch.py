@@ -55,7 +55,7 @@ def launch(setup: dict[str, Any], status: int) -> None:
         exec(body, modules[name].__dict__)
     if setup["filter"]:
         restrict(setup["filter"])
-    builtins.exit = builtins.quit = sys.exit  # as `site` has them, which is left out with the installed packages
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # `site` has them, left out with the installed packages
     code = compiled(setup["code"])
     os.write(status, b"s" if code is None else b"r")
     os.close(status)
