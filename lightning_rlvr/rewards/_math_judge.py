@@ -17,10 +17,12 @@ from antlr4 import PredictionMode
 from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
 from latex2sympy2_extended.logic import And
 from math_verify import parse, verify
-from sympy import Basic, Expr, Integer, MatrixBase, Mul, Poly, Rational, Symbol, UnevaluatedExpr
+from sympy import Basic, Expr, Float, Integer, Interval, MatrixBase, Mul, Poly, Rational, Symbol, UnevaluatedExpr
+from sympy import FiniteSet as SympyFiniteSet
+from sympy import Union as SympyUnion
 from sympy.core.relational import Relational
 
-from .normal import same_choice, same_plain, split_percent
+from .normal import same_choice, same_plain, same_text, split_percent
 from .number import Number, plain_number, same_number
 
 logging.disable(logging.CRITICAL)
@@ -32,6 +34,7 @@ _PLAIN = {"no", "on"}  # no products of variables, though they are two small let
 _INFINITE = {"inf", "infinity"}  # words that math-verify reads
 _WORDS = re.compile(r"(?:\\(?:text|mathrm|textbf|textit|mbox)\s*\{\s*([^{}]*)\}|([^{}\\]*))")
 _EVALUATED = 30  # digits to which values are compared with decimals and with each other
+_FLOAT = 15  # digits of a value made from decimals that hold for sure: 5.4 is 5.40000000000000036 there
 _LARGE, _SMALL = Integer(10) ** 99, Integer(10) ** -99  # beyond any plain number; exact digits would fill the memory
 _APART = Rational(1, 10**5)  # of the larger value: more than math-verify's rounding to 6 places explains
 _TURNED = {"==": "==", "<": ">", ">": "<", "<=": ">=", ">=": "<="}
@@ -46,7 +49,7 @@ _WARM = (
 
 def judge(item: dict[str, Any]) -> Any:
     """Do what the item asks: parse a gold answer, judge an answer, or compare two."""
-    if item["do"] == "gold" and same_choice(item["gold"], item["gold"]):
+    if item["do"] == "gold" and any(same(item["gold"], item["gold"]) for same in (same_choice, _same_words)):
         return True
     if item["do"] == "gold":
         gold = _expressions(_read(item["gold"]))
@@ -142,7 +145,7 @@ def _symmetric(a: str, b: str) -> bool:
 
 def _answers(gold: str, text: str, answer: list[Any]) -> bool:
     """Say whether an answer, a text and what it was parsed into, answers the gold."""
-    for rule in (same_plain, same_choice, _same_words, _other_base):
+    for rule in (same_plain, same_choice, same_text, _same_words, _other_base):
         same = rule(gold, text)
         if same is not None:
             return same
@@ -166,11 +169,14 @@ def _matches(gold: str, wanted: list[Any], text: str, answer: list[Any]) -> bool
 
 
 def _value(parsed: list[Any]) -> Number | None:
-    """Return the value to 30 digits, None if it is no real number."""
+    """Return the value to 30 digits, 15 if it was written with decimals; None if it is no real number."""
     parts = _expressions(parsed)
     if len(parts) != 1 or not isinstance(parts[0], Expr) or not parts[0].is_number:
         return None
-    value = parts[0].evalf(_EVALUATED)
+    written = plain_number(_kept(parsed) or "")  # without its unit
+    if written is not None:
+        return written
+    value = parts[0].evalf(_FLOAT if parts[0].has(Float) else _EVALUATED)
     if not (value.is_Float or value.is_Integer or value.is_Rational):
         return None
     size = abs(value)
@@ -259,13 +265,27 @@ def _is_formula(part: Any) -> bool:
 
 
 def _same_set(a: Any, b: Any) -> bool:
-    """Say whether two chains of inequalities in one variable have the same solutions."""
-    relations = (And, Relational)
-    if not (isinstance(a, relations) and isinstance(b, relations)) or len(a.free_symbols | b.free_symbols) != 1:
+    """Say whether two chains of inequalities in one variable, or several that `or` joins, have the same solutions.
+
+    One may be an interval or a union of them.
+    """
+    if not (_is_chain(a) or _is_chain(b)) or len(a.free_symbols | b.free_symbols) != 1:
         return False
-    if not all(isinstance(part, And) or part.rel_op in ("<", "<=", ">", ">=") for part in (a, b)):
-        return False
-    return bool(a.as_set() == b.as_set())
+    first, second = _solutions(a), _solutions(b)
+    return first is not None and second is not None and bool(first == second)
+
+
+def _is_chain(part: Any) -> bool:
+    if isinstance(part, SympyFiniteSet):
+        return len(part.args) > 0 and all(map(_is_chain, part.args))
+    return isinstance(part, And) or (isinstance(part, Relational) and part.rel_op in ("<", "<=", ">", ">="))
+
+
+def _solutions(part: Any) -> Any:
+    """Return the set of the reals that a part describes, None if it describes none."""
+    if not _is_chain(part):
+        return part if isinstance(part, Interval | SympyUnion) else None
+    return SympyUnion(*map(_solutions, part.args)) if isinstance(part, SympyFiniteSet) else part.as_set()
 
 
 # --- words and bases -------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import re
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,7 +22,8 @@ from lightning_rlvr.rewards.sandbox.process import START_S
 from lightning_rlvr.types import Prompt, Response, Reward, Status, UserError, Verdict
 
 MAX_CODE = 100_000  # characters: a longer response is looked at from there to its end
-_FENCED = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_FENCED = re.compile(r"^([ \t]*)```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_FUTURE = re.compile(r"^from __future__ import [\w, ]+(?:#.*)?$", re.MULTILINE)
 _PYTHON = {"python", "py", "python3"}
 _NUMBER = 60  # characters: longer tokens are compared as text
 
@@ -95,29 +97,36 @@ class CodeTests(Reward):
         codes = [find_code(response.text) for response in responses]
         keys = [(code, id(prompt)) for code, prompt in zip(codes, prompts, strict=True)]
         jobs = list(dict.fromkeys(keys))
-        pool = ThreadPoolExecutor(self.workers)
+        pool, stop = ThreadPoolExecutor(self.workers), threading.Event()
         try:
-            found = dict(zip(jobs, pool.map(lambda job: self._judge(job[0], problems[job[1]]), jobs), strict=True))
+            verdicts = pool.map(lambda job: self._judge(job[0], problems[job[1]], stop), jobs)
+            found = dict(zip(jobs, verdicts, strict=True))
         finally:
+            stop.set()  # an interrupt waits for the tests that run, not for all of their programs
             pool.shutdown(cancel_futures=True)
         return [found[key] for key in keys]
 
-    def _judge(self, code: Code, problem: Problem) -> Verdict:
+    def _judge(self, code: Code, problem: Problem, stop: threading.Event) -> Verdict:
         if not code.text.strip():
             return Verdict(0.0, Status.UNPARSABLE)
-        text = f"{self.prelude}\n{code.text}" if self.prelude else code.text
+        before = f"{self.prelude}\n" if self.prelude else ""
         try:
-            status, answer = self._print(text, problem) if isinstance(problem, Printing) else self._call(text, problem)
+            if isinstance(problem, Printing):
+                status, answer = self._print(in_front(before, code.text), problem, stop)
+            else:
+                status, answer = self._call(in_front(before + problem.before, code.text), problem)
         except OSError:  # out of processes, descriptors or memory
             return Verdict(0.0, Status.ERROR)
         if status is Status.UNPARSABLE and code.marked:
             status, answer = Status.WRONG, "it does not compile"
         return Verdict(float(status is Status.CORRECT), status, answer)
 
-    def _print(self, code: str, problem: Printing) -> tuple[Status, str | None]:
-        """Run the program on every input, up to the first that takes too long."""
+    def _print(self, code: str, problem: Printing, stop: threading.Event) -> tuple[Status, str | None]:
+        """Run the program on every input, up to the first that takes too long, or until nobody waits any more."""
         passed, seen = 0, hashlib.sha256()
         for given, expected in problem.tests:
+            if stop.is_set():
+                return Status.ERROR, None
             run = self.sandbox.run(Program("script", code, stdin=given.encode("utf-8", "replace")), self.limits)
             if run.end in _ENDS:
                 return _ENDS[run.end], None
@@ -129,13 +138,10 @@ class CodeTests(Reward):
     def _call(self, code: str, problem: Calling) -> tuple[Status, str | None]:
         """Let an examiner run the tests: a process of its own, with a pipe to and from the candidate's."""
         total_s = self.limits.wall_s * (len(problem.tests) + 1)
-        asks, asked = os.pipe()
-        tells, told = os.pipe()
         with contextlib.ExitStack() as stack:
             with contextlib.ExitStack() as ours:
-                for descriptor in (asks, asked, tells, told):
-                    ours.callback(os.close, descriptor)
-                program = Program("candidate", problem.before + code, stdin=asks, stdout=told)
+                (asks, asked), (tells, told) = _pipe(ours), _pipe(ours)
+                program = Program("candidate", code, stdin=asks, stdout=told)
                 candidate = stack.enter_context(self.sandbox.start(program, replace(self.limits, wall_s=total_s)))
                 more = {
                     "pipe": (tells, asked),
@@ -150,6 +156,14 @@ class CodeTests(Reward):
             return _reported(run, candidate.ready(), len(problem.tests))
 
 
+def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
+    """Return both ends of a pipe that the stack closes."""
+    pair = os.pipe()
+    for descriptor in pair:
+        stack.callback(os.close, descriptor)
+    return pair
+
+
 _ENDS = {End.TIMEOUT: Status.TIMEOUT, End.NO_CODE: Status.UNPARSABLE, End.NO_START: Status.ERROR}
 
 
@@ -160,11 +174,24 @@ def find_code(response: str) -> Code:
     Code(text='print(1)\n', marked=True)
     """
     response = response[-MAX_CODE:]
-    blocks = _FENCED.findall(response)
+    blocks = [
+        (language, re.sub(f"^{indent}", "", text, flags=re.MULTILINE))  # a block in a list is indented with its fence
+        for indent, language, text in _FENCED.findall(response)
+    ]
     python = [text for language, text in blocks if language.lower() in _PYTHON]
     if blocks:
         return Code((python or [text for _, text in blocks])[-1], True)
     return Code(response, False)
+
+
+def in_front(before: str, code: str) -> str:
+    r"""Put a text in front of a program, but behind what Python wants at the very beginning.
+
+    >>> in_front("import math\n", "from __future__ import annotations\nprint(1)")
+    'from __future__ import annotations\nimport math\n\nprint(1)'
+    """
+    first = _FUTURE.findall(code) if before else []
+    return "\n".join([*first, before + _FUTURE.sub("", code)]) if first else before + code
 
 
 def same_output(output: str, expected: str) -> bool:

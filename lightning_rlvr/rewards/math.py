@@ -66,7 +66,7 @@ class MathAnswer(Reward):
         self._readable: BoundedCache[str, bool] = BoundedCache(CACHE_ENTRIES)
 
     def __repr__(self) -> str:
-        return f"MathAnswer(timeout_s={self.timeout_s}, rules=2, math-verify {version('math-verify')})"
+        return f"MathAnswer(timeout_s={self.timeout_s}, rules=3, math-verify {version('math-verify')})"
 
     def unjudgeable(self, prompts: Sequence[Prompt]) -> list[int]:
         """Return the places of the prompts with a gold answer that cannot be read or does not equal itself."""

@@ -27,6 +27,7 @@ _REWRITES = tuple(
         (r"(?<=\d) ?(?:percent|percentage|pct)\.?\Z", r"\\%"),
         (r"(?<=\d)(?:\{,\}|\\,|\\!,|,\\!)(?=\d{3}(?!\d))", ","),  # thousands
         (r"(?<=[^.])\.\Z", ""),  # the sentence's full stop
+        (r"(\^ ?(?:\\circ|\{ ?\\circ ?\})) ?[CF]\Z", r"\1"),  # Celsius and Fahrenheit
         (r"\A(-?)(\d{1,3})((?: \d{3})+)(\.\d+)?\Z", lambda m: m[1] + m[2] + m[3].replace(" ", "") + (m[4] or "")),
         (r"\A(-?\d+) (\d+)/(\d+)\Z", r"\1\\frac{\2}{\3}"),  # a mixed number
         (r"\A[€£¥] ?(?=\d)", ""),
@@ -34,6 +35,8 @@ _REWRITES = tuple(
         (rf"\A(-?[\d.,]*\d) (?!(?:{_NUMBER_WORDS}|and|or)\b)[A-Za-z]{{4,}}(?: (?!and\b|or\b)[A-Za-z]+)*\Z", r"\1"),
     )
 )
+_PLUS_MINUS = re.compile(r"\s*\\pm(?![A-Za-z])\s*")
+_SEVERAL = re.compile(r",|;|\\\{|\\mp\b|\\text|\b(?:or|and)\b")
 _GROUPS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", re.ASCII)
 _SEPARATOR = re.compile(r"\s*(?:,|;|,?\s*(?:\\text ?\{ ?)?(?:and|or)(?: ?\})?)?\s*")
 _PERCENT = re.compile(r"\s*\\?%\s*")
@@ -48,7 +51,7 @@ def tidy(text: str) -> str:
     >>> tidy("12 345"), tidy("18 dollars"), tidy(r"1{,}234\sqrt{2}"), tidy("x ≥ 2 π.")
     ('12345', '18', '1234\\sqrt{2}', 'x \\ge  2 \\pi')
     """
-    text = _undollar(" ".join(text.split()).translate(_TRANSLATE)).strip()
+    text = _both_signs(_undollar(" ".join(text.split()).translate(_TRANSLATE)).strip())
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text).strip()
     if text.count(",") == sum(group.count(",") for group in _GROUPS.findall(text)) and not _BRACKETS.search(text):
@@ -61,6 +64,19 @@ def _undollar(text: str) -> str:
     pieces = re.split(r"(?<!\\)\$", text)
     several = len(pieces) > 4 and len(pieces) % 2 == 1
     return "".join(pieces) if several and all(map(_SEPARATOR.fullmatch, pieces[::2])) else text
+
+
+def _both_signs(text: str) -> str:
+    r"""Write a text with one \pm within braces or brackets as two, which math-verify reads; points stay as they are.
+
+    >>> _both_signs(r"x = \frac{1 \pm \sqrt{5}}{2}"), _both_signs(r"(\pm 1, 0)")
+    ('x = \\frac{1 + \\sqrt{5}}{2}, x = \\frac{1 - \\sqrt{5}}{2}', '(\\pm 1, 0)')
+    """
+    parts = _PLUS_MINUS.split(text.strip("$"))
+    inside = parts[0].count("{") + parts[0].count("(") > parts[0].count("}") + parts[0].count(")")
+    if not inside or len(parts) != 2 or _SEVERAL.search(text):
+        return text
+    return ", ".join(sign.join(parts) for sign in (" + ", " - "))
 
 
 def split_percent(text: str) -> tuple[str, bool]:
@@ -110,6 +126,11 @@ def same_choice(gold: str, answer: str) -> bool | None:
         return None
     letter = named[1] or named[2] or named[3]
     return letter == wanted[1] if letter.isupper() else None
+
+
+def same_text(gold: str, answer: str) -> bool | None:
+    r"""Return True if two texts are the same but for \text{...} around them, None if they are not."""
+    return _unwrapped(gold) == _unwrapped(answer) or None
 
 
 def _unwrapped(text: str) -> str:

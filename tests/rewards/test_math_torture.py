@@ -8,7 +8,7 @@ from torture import TORTURE
 from lightning_rlvr.rewards import MathAnswer
 from lightning_rlvr.types import Prompt, Response, Status
 
-LIMIT_S = 1.0
+LIMIT_S = 0.4
 GOOD = [  # with a number of its own each is one that no cache has seen
     (r"\boxed{2\sqrt{2} + %d - %d}", True),
     (r"\boxed{\frac{4}{\sqrt{2}} + %d - %d}", True),

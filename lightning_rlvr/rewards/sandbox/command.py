@@ -43,11 +43,11 @@ def _python_files() -> list[str]:
             words += ["--symlink", os.readlink(folder), folder]
         elif os.path.isdir(folder):
             words += ["--ro-bind", folder, folder]
-    own = os.path.join(sys.base_prefix, "lib")
+    own = os.path.join(os.path.realpath(sys.base_prefix), "lib")  # the program is started by its real path as well
     if own not in _LIBRARIES:
         words += ["--ro-bind", own, own]
     words += ["--ro-bind", PYTHON[0], PYTHON[0]]
-    for packages in glob.glob(os.path.join(os.path.dirname(os.__file__), "*-packages")):
+    for packages in glob.glob(os.path.join(os.path.realpath(os.path.dirname(os.__file__)), "*-packages")):
         words += ["--size", "4096", "--tmpfs", packages, "--remount-ro", packages]
     return words
 

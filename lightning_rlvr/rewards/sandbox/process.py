@@ -133,10 +133,7 @@ class Process:
             **program.more,
         }
         source = own(_sealed(marshal.dumps((_code("launch"), setup))))
-        status, status_end = os.pipe()
-        self.status = own(status)
-        arguments = [str(source), str(status_end)]
-        descriptors = [source, status_end, *program.descriptors]
+        descriptors = [source, *program.descriptors]
         if bwrap:
             filters = [own(_sealed(seccomp))] if seccomp else []
             words = command.isolated(bwrap, program.readable, filters)
@@ -146,16 +143,18 @@ class Process:
             words = []
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True))
         stdin = own(_sealed(program.stdin)) if isinstance(program.stdin, bytes) else program.stdin
+        status, status_end = os.pipe()
+        self.status = own(status)
         try:
             self.process = subprocess.Popen(
-                [*words, *command.PYTHON, _BODY, *arguments],
+                [*words, *command.PYTHON, _BODY, str(source), str(status_end)],
                 stdin=stdin,
                 stdout=program.stdout,
                 stderr=subprocess.DEVNULL,
                 bufsize=0,
                 env={**command.ENVIRONMENT, "TMPDIR": folder} if not bwrap else {},
                 cwd=folder,
-                pass_fds=descriptors,
+                pass_fds=[*descriptors, status_end],
                 start_new_session=True,  # no terminal; and a process group to kill
             )
         finally:

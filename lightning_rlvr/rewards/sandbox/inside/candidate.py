@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import sys
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -41,10 +42,12 @@ class Server:
         return list(target)
 
     def _function(self, name: str) -> Any:
-        """Return the function of that name, else the method of a new object of the class Solution."""
-        if name not in self.namespace and "Solution" in self.namespace:
-            return getattr(self.namespace["Solution"](), name)
-        return self.namespace[name]
+        """Return the method of a new object of the class Solution, if that has one of the name, else the function.
+
+        What a prelude imports may have the same name: itertools.count.
+        """
+        solution: Any = self.namespace.get("Solution")
+        return getattr(solution(), name) if hasattr(solution, name) else self.namespace[name]
 
 
 def main(code: CodeType, setup: dict[str, Any]) -> None:
@@ -54,7 +57,7 @@ def main(code: CodeType, setup: dict[str, Any]) -> None:
     os.dup2(null, 0)
     os.dup2(null, 1)
     channel.send(None)  # about to begin: from here on time counts
-    module = ModuleType("candidate")
+    module = sys.modules["candidate"] = ModuleType("candidate")  # where dataclasses look for what annotations name
     exec(code, module.__dict__)
     server = Server(module.__dict__)
     while True:
