@@ -168,6 +168,10 @@ def _measure(
         results[model] = {}
         for benchmark in benchmarks:
             paths = folder.samples(model, benchmark), folder.verdicts(model, benchmark)
+            if not paths[1].is_file():
+                raise UserError(
+                    f"{paths[1]} must be there to be measured, but is not. Set benchmarks, so that it is made."
+                )
             sampled, judged = (read_manifest(path) for path in paths)
             if judged["responses"] != file_digest(paths[0]):
                 raise UserError(

@@ -270,6 +270,14 @@ def test_benchmarks_of_other_numbers_of_samples_share_no_table(tmp_path, benchma
     assert files(tmp_path / "o")[results] == before[results]
 
 
+def test_verdicts_that_are_gone_are_made_with_benchmarks(tmp_path, vowels):
+    first = evaluate(tmp_path, {"t": TinyPolicy()}, [vowels], **SETTINGS)
+    (tmp_path / "verdicts" / "t" / "vowels.parquet").unlink()
+    with pytest.raises(UserError, match=r"verdicts/t/vowels.parquet must be there .* Set benchmarks"):
+        evaluate(tmp_path, **SETTINGS)
+    assert evaluate(tmp_path, None, [vowels], **SETTINGS) == first
+
+
 def test_a_benchmark_that_was_never_sampled_is_not_judged(tmp_path, benchmarks):
     seven, three = benchmarks
     evaluate(tmp_path / "o", {"t": TinyPolicy()}, [seven], **SETTINGS)
