@@ -19,7 +19,17 @@ EXAMPLES = 5  # of questions named in a finding
 OVERLAP = 0.01  # share of held-out questions that may, by chance, be training questions
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
-_SENTENCE_MARKS = str.maketrans(dict.fromkeys("\"'`\N{LEFT SINGLE QUOTATION MARK}\N{RIGHT SINGLE QUOTATION MARK}", ""))
+_APOSTROPHES = "'\N{LEFT SINGLE QUOTATION MARK}\N{RIGHT SINGLE QUOTATION MARK}"
+_PRIME = "\N{PRIME}"
+_DERIVATIVE = re.compile(rf"(?<![\w{_APOSTROPHES}])([^\W\d_])([{_APOSTROPHES}]+)(?!\w)")  # f'(x), not I'm or 'x'
+_RAISED, _LOWERED = re.compile("([\u00b2\u00b3\u00b9\u2070-\u207f]+)"), re.compile("([\u2080-\u209c]+)")
+_FRACTION = re.compile("([\u00bc-\u00be\u2150-\u215f\u2189])")
+_ALIKE = str.maketrans(
+    dict.fromkeys(f'{_APOSTROPHES}"`\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}', "")
+    | dict.fromkeys("\u00ad\u200b\u200c\u200d\u2060\ufeff", "")  # unseen
+    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-")
+    | {"\N{FRACTION SLASH}": "/"}
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,15 @@ class Report:
             self.findings.append(Finding(level, split, what, len(found), message, tuple(found[:EXAMPLES])))
 
     def write(self, folder: Path) -> None:
-        """Write data_check.json and data_check.md."""
+        """Write data_check.json and data_check.md. Raises: UserError if the folder cannot be written to."""
+        try:
+            self._write(folder)
+        except OSError as error:
+            raise UserError(
+                f"output must be a folder that can be written, got {folder}: {error}. Set --output."
+            ) from error
+
+    def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         facts = {"splits": self.splits, "findings": [asdict(finding) for finding in self.findings]}
         (folder / "data_check.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -66,7 +84,7 @@ class Report:
         for one in self.findings:
             cells = (one.level, one.split, one.what, str(one.count), ", ".join(one.examples), one.message)
             lines.append("| " + " | ".join(re.sub(r"\s+", " ", cell).replace("|", r"\|") for cell in cells) + " |")
-        (folder / "data_check.md").write_text("\n".join(lines) + "\n")
+        (folder / "data_check.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def show(self) -> None:
         """Print both tables."""
@@ -94,10 +112,10 @@ def check(data: RLVRDataModule, module: RLVRModule, ngram: int = 13, containment
     """Return what there is in the data of `fit` and `test`, and what is wrong with it.
 
     Errors: a split that cannot be loaded, no training questions, an empty question, golds that the reward cannot
-    judge, questions that are there twice with different golds, held-out questions that are training questions (up to
-    1 % of a split is a warning), prompts over max_prompt_tokens (a warning where they are dropped), and fewer questions
-    than stages. Warnings: repeated questions, empty golds, held-out questions that training questions contain (see
-    `contained`), and stages smaller than a rollout batch.
+    judge and prompts over max_prompt_tokens (warnings where they are dropped), questions that are there twice with
+    different golds, held-out questions that are training questions (up to 1 % of a split is a warning), and fewer
+    questions than stages. Warnings: repeated questions, empty golds, held-out questions that training questions contain
+    (see `contained`), and stages smaller than a rollout batch.
 
     Args:
         data: the data module of the config.
@@ -143,7 +161,7 @@ def _check_split(
         report.findings.append(Finding("error", split, "empty", 0, f"there are no questions. Set data.{split}."))
         return []
     report.add("error", split, "empty question", [p.uid for p in prompts if not p.text.strip()], "there is no text")
-    _check_golds(report, split, prompts, module)
+    asked = _check_golds(report, split, prompts, data, module)
     tokenizer = module.policy_source.tokenizer()
     lengths = [len(module.prompt_format.encode(tokenizer, prompt.text)) for prompt in prompts]
     report.splits[split]["prompt_tokens"] = {
@@ -152,7 +170,8 @@ def _check_split(
         "most": max(lengths),
     }
     long = [p.uid for p, length in zip(prompts, lengths, strict=True) if length > data.max_prompt_tokens]
-    kept = [p for p, length in zip(prompts, lengths, strict=True) if length <= data.max_prompt_tokens]
+    too_long = set(long)
+    kept = [prompt for prompt in asked if prompt.uid not in too_long]
     dropped = data.long_prompts == "drop" and bool(kept)
     report.add(
         "warning" if dropped else "error",
@@ -161,27 +180,33 @@ def _check_split(
         long,
         f"over {data.max_prompt_tokens} tokens{', dropped' if dropped else ''}. Set data.max_prompt_tokens.",
     )
-    _check_repeats(report, split, prompts, module)
+    _check_repeats(report, split, asked, module)
     return kept
 
 
-def _check_golds(report: Report, split: str, prompts: list[Prompt], module: RLVRModule) -> None:
+def _check_golds(
+    report: Report, split: str, prompts: list[Prompt], data: RLVRDataModule, module: RLVRModule
+) -> list[Prompt]:
+    """Return the questions that the reward can judge, or all where none is dropped for that."""
     bad = set(module.reward.unjudgeable(prompts))
+    rest = [prompt for i, prompt in enumerate(prompts) if i not in bad]
+    dropped = data.unjudgeable == "drop" and bool(rest)
     shown = next((prompts[i].answer for i in sorted(bad)), "")
     report.add(
-        "error",
+        "warning" if dropped else "error",
         split,
         "unjudgeable gold",
         [prompts[i].uid for i in sorted(bad)],
-        f"no response could be judged right, for example by {shown[:80]!r}. Set the answer keys of data.{split}.",
+        f"no response could be judged right, for example by {shown[:80]!r}{', dropped' if dropped else ''}. Set the "
+        f"answer keys of data.{split}, or data.unjudgeable.",
     )
-    rest = [prompt for i, prompt in enumerate(prompts) if i not in bad]
     empty = [prompt.uid for prompt in rest if not prompt.answer.strip()]
     report.add("warning", split, "empty gold", empty, "the reward judges without it")
     try:
         module.reward.check(rest)
     except UserError as error:
         report.findings.append(Finding("error", split, "refused by the reward", len(rest), str(error)))
+    return rest if dropped else prompts
 
 
 def _check_repeats(report: Report, split: str, prompts: list[Prompt], module: RLVRModule) -> None:
@@ -236,17 +261,23 @@ def _check_overlap(
 
 
 def normalised(text: str) -> str:
-    r"""Return the text as it is compared: compatibility forms unified, no case, no quotes, single spaces.
+    r"""Return the text as it is compared: compatibility forms and dashes unified, no case, no quotes, single spaces.
 
     >>> normalised("What\n is  '2+3'?") == normalised("what is 2+3?")
     True
+    >>> normalised("f'(3)") == normalised("f(3)")
+    False
     """
     return " ".join(tokens(text))
 
 
 def tokens(text: str) -> list[str]:
-    """Return the words, numbers and signs of the normalised text."""
-    return _TOKEN.findall(unicodedata.normalize("NFKC", text).casefold().translate(_SENTENCE_MARKS))
+    """Return the words, numbers and signs of the normalised text: what is raised, lowered or primed stays apart."""
+    text = _DERIVATIVE.sub(lambda found: found[1] + _PRIME * len(found[2]), text)
+    if not text.isascii():
+        text = _FRACTION.sub(r" \1", _LOWERED.sub(r"_\1", _RAISED.sub(r"^\1", text)))
+        text = unicodedata.normalize("NFKC", text)
+    return _TOKEN.findall(text.casefold().translate(_ALIKE))
 
 
 def contained(held_out: Sequence[Prompt], train: Sequence[Prompt], ngram: int) -> list[tuple[float, int]]:

@@ -13,13 +13,14 @@ from urllib.parse import quote
 import pandas as pd
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
-from lightning_rlvr.evaluation.benchmark import Benchmark, read_benchmarks
-from lightning_rlvr.evaluation.judge import judge, judging_manifest, responses_digest
+from lightning_rlvr.evaluation.benchmark import Benchmark, Unjudgeable, check_names, read_benchmarks
+from lightning_rlvr.evaluation.judge import judge, judging_manifest
 from lightning_rlvr.evaluation.measure import Bootstrap, Result, chosen_ks, measure
 from lightning_rlvr.evaluation.policies import policy_source
 from lightning_rlvr.evaluation.report import RESULTS, Report, write_report
 from lightning_rlvr.evaluation.sample import Generation, sample, texts_digest
 from lightning_rlvr.models import PolicySource, PromptFormat
+from lightning_rlvr.models.pretrained import file_digest
 from lightning_rlvr.store import Store, read_manifest, read_records
 from lightning_rlvr.types import Prompt, Sampling, UserError
 
@@ -49,6 +50,7 @@ def evaluate(
     output: Path,
     models: dict[str, PolicySource | str] | None = None,
     benchmarks: list[str] | None = None,
+    unjudgeable: Unjudgeable = "error",
     samples: int = 32,
     sampling: Sampling = Sampling(max_new_tokens=8000),  # noqa: B008 - frozen
     prompt_format: PromptFormat = PromptFormat(),  # noqa: B008 - frozen
@@ -72,6 +74,8 @@ def evaluate(
         output: folder of the evaluation.
         models: by name: a policy source, or a folder in Hugging Face format, a run's folder, a checkpoint, a hub name.
         benchmarks: YAML files with `name`, `task` and `reward`; configs/benchmarks holds some.
+        unjudgeable: whether a problem that the reward cannot judge (an unparsable gold answer) is an error or is
+            dropped, counted.
         samples: responses to each problem (n).
         sampling: of responses.
         prompt_format: how a question becomes a prompt.
@@ -90,7 +94,7 @@ def evaluate(
         raise UserError("models need benchmarks to be evaluated on. Set benchmarks, or leave out models too.")
     suite = None if benchmarks is None else read_benchmarks(benchmarks)
     try:
-        questions = {b.name: b.questions() for b in suite or []}
+        questions = {b.name: b.questions(unjudgeable) for b in suite or []}
         if models is not None:
             chosen_ks(ks, samples)  # sooner than after hours of sampling
             _sample(_named(models), questions, folder, generation)
@@ -108,11 +112,7 @@ def evaluate(
 
 
 def _named(models: Mapping[str, PolicySource | str]) -> dict[str, PolicySource]:
-    if not models or any(not name.strip() or name.startswith(".") for name in models):
-        raise UserError(
-            f"models must be at least one, with names that do not begin with a dot, got {list(models)}: results are "
-            "stored by name. Set models."
-        )
+    check_names(list(models), "models")
     return {name: policy_source(model) for name, model in models.items()}
 
 
@@ -127,6 +127,7 @@ def _sample(
     plans = {}
     for name, source in models.items():
         try:
+            generation.prompt_format.encode(source.tokenizer(), "?")
             plans[name] = {
                 b: (asked, Store(folder.samples(name, b), generation.manifest(source, asked)))
                 for b, asked in questions.items()
@@ -142,13 +143,18 @@ def _sample(
 def _judge(model: str, benchmark: Benchmark, questions: Sequence[Prompt], folder: Folder) -> None:
     """Judge what a model answered, if that was to these questions."""
     path = folder.samples(model, benchmark.name)
+    if not path.is_file():
+        raise UserError(
+            f"models must be sampled on benchmark {benchmark.name!r} before it is judged, but there is no {path}. "
+            "Set models as well, or benchmarks."
+        )
     sampled = read_manifest(path)
     if sampled["texts"] != texts_digest(questions):
         raise UserError(
             f"{path} must hold responses to the questions of benchmark {benchmark.name!r}, but was sampled on "
             f"{sampled['questions']} others; the benchmark has {len(questions)}. Set benchmarks, or output."
         )
-    store = Store(folder.verdicts(model, benchmark.name), judging_manifest(benchmark.reward, questions, sampled))
+    store = Store(folder.verdicts(model, benchmark.name), judging_manifest(benchmark.reward, questions, path))
     judge(f"{model}: {benchmark.name}", benchmark.reward, questions, read_records(path, sampled), store)
 
 
@@ -162,8 +168,12 @@ def _measure(
         results[model] = {}
         for benchmark in benchmarks:
             paths = folder.samples(model, benchmark), folder.verdicts(model, benchmark)
+            if not paths[1].is_file():
+                raise UserError(
+                    f"{paths[1]} must be there to be measured, but is not. Set benchmarks, so that it is made."
+                )
             sampled, judged = (read_manifest(path) for path in paths)
-            if judged["responses"] != responses_digest(sampled):
+            if judged["responses"] != file_digest(paths[0]):
                 raise UserError(
                     f"{paths[1]} must be of the responses in {paths[0]}, but those have changed since. Set benchmarks, "
                     "so that they are judged anew."
@@ -171,6 +181,12 @@ def _measure(
             samples, verdicts = (pd.read_parquet(p, columns=columns) for p, columns in zip(paths, COLUMNS, strict=True))
             results[model][benchmark] = measure(samples, verdicts, chosen_ks(ks, sampled["samples"]))
             manifests.setdefault(model, {})[benchmark] = {"samples": sampled, "verdicts": judged}
+    counts = {(model, name): own["samples"]["samples"] for model, of in manifests.items() for name, own in of.items()}
+    if len(set(counts.values())) > 1:
+        raise UserError(
+            f"all models and benchmarks must have as many samples a problem to stand in one table, got {counts}. Set "
+            "benchmarks, or models, samples and output."
+        )
     return Report.make(results, bootstrap, manifests)
 
 

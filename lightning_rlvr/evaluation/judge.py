@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from lightning_rlvr.models.pretrained import file_digest
 from lightning_rlvr.ops.pass_at_k import UNPARSED
 from lightning_rlvr.ops.semantic_entropy import cluster_groups
 from lightning_rlvr.store import Record, Store
@@ -18,19 +19,17 @@ from lightning_rlvr.types import Prompt, Response, Reward, UserError, Verdict
 PROBLEMS_AT_A_TIME = 16
 
 
-def judging_manifest(reward: Reward, questions: Sequence[Prompt], sampled: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what verdicts depend on: the reward, the questions with their golds, and the responses."""
+def judging_manifest(reward: Reward, questions: Sequence[Prompt], responses: Path) -> dict[str, Any]:
+    """Return what verdicts depend on: the reward, the questions with their golds, and the file of the responses.
+
+    The file counts by its content: another machine samples other responses from an equal manifest.
+    """
     golds = "\n".join(repr((p.uid, p.text, p.answer, dict(p.metadata))) for p in questions)
     return {
         "reward": repr(reward),
         "golds": hashlib.sha256(golds.encode()).hexdigest(),
-        "responses": responses_digest(sampled),
+        "responses": file_digest(responses),
     }
-
-
-def responses_digest(sampled: Mapping[str, Any]) -> str:
-    """Hash the manifest of responses."""
-    return hashlib.sha256(json.dumps(sampled, sort_keys=True).encode()).hexdigest()
 
 
 def judge(name: str, reward: Reward, questions: Sequence[Prompt], samples: pd.DataFrame, store: Store) -> None:

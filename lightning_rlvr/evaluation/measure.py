@@ -30,6 +30,7 @@ class Bootstrap:
         for ok, key, value, rule in (
             (0 < self.level < 1, "level", self.level, "in (0, 1), such as 0.95"),
             (self.resamples >= 1, "resamples", self.resamples, "at least 1"),
+            (0 <= self.seed < 2**63, "seed", self.seed, "0 or more, in 63 bits"),
         ):
             if not ok:
                 raise UserError(f"{key} must be {rule}, got {value}: it shapes the bootstrap intervals. Set {key}.")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -19,11 +20,13 @@ from lightning_rlvr.evaluation.measure import (
     estimates,
 )
 from lightning_rlvr.ops.bootstrap import Difference
+from lightning_rlvr.types import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 RESULTS = "results.json"
+TITLE = 26  # letters of a benchmark's name on one line of the picture
 RESPONSES = {  # column, how its numbers are written
     "length": "{:.0f}",
     "entropy": "{:.3f}",
@@ -176,14 +179,20 @@ def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write the report; results.json last and whole, since it marks an evaluation as finished."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(report.markdown(), encoding="utf-8")
-    report.table().to_csv(folder / "table.csv", index=False)
-    _picture(report, folder / "table.png")
-    partial = folder / f".{RESULTS}.partial"
-    partial.write_text(json.dumps(report.plain(), indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / RESULTS)
+    """Write the report; results.json last and whole, since it marks an evaluation as finished.
+
+    Raises: UserError if the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "table.md").write_text(report.markdown(), encoding="utf-8")
+        report.table().to_csv(folder / "table.csv", index=False)
+        _picture(report, folder / "table.png")
+        partial = folder / f".{RESULTS}.partial"
+        partial.write_text(json.dumps(report.plain(), indent=1) + "\n", encoding="utf-8")
+        partial.replace(folder / RESULTS)
+    except OSError as error:
+        raise UserError(f"output must be a folder that can be written, got {folder}: {error}. Set output.") from error
 
 
 def _picture(report: Report, path: Path) -> None:
@@ -191,17 +200,24 @@ def _picture(report: Report, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    size = (2.0 + 2.2 * len(report.columns), 1.4 + 0.5 * len(report.models))
-    figure = Figure(figsize=size, layout="constrained")
+    width = 1.0 + 0.09 * max(map(len, report.models)) + 2.2 * len(report.columns)  # inches
+    in_a_row = max(1, int(width / 1.3))  # entries of the legend
+    rows = -(-len(report.measures) // in_a_row)
+    figure = Figure(figsize=(width, 1.2 + 0.2 * rows + 0.5 * len(report.models)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(report.columns), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, report.columns, strict=True):
         _panel(axes, report, name)
-    panels[0].set_yticks(range(len(report.models)), report.models)
+    panels[0].set_yticks(range(len(report.models)), [_literal(name) for name in report.models])
     panels[0].set_ylim(len(report.models) - 0.5, -0.5)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(in_a_row, len(labels)), fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def _literal(name: str) -> str:
+    """Return the name as matplotlib writes it as it stands: two dollar signs would make it a formula."""
+    return name.replace("$", r"\$")
 
 
 def _panel(axes: Axes, report: Report, name: str) -> None:
@@ -213,6 +229,6 @@ def _panel(axes: Axes, report: Report, name: str) -> None:
         above = [max(0.0, 100 * (f.high - f.value)) for f in found]
         rows = [i - 0.3 + (j + 0.5) * step for i in range(len(found))]
         axes.errorbar(values, rows, xerr=[below, above], fmt="o", markersize=4, capsize=2, linewidth=1, label=measure)
-    axes.set_title(name, fontsize=10)
+    axes.set_title(_literal(fill(name, TITLE)), fontsize=10)
     axes.set_xlabel("%", fontsize=8)
     axes.grid(axis="x", alpha=0.3)

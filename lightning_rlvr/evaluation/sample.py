@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,6 +32,11 @@ class Generation:
         for key in ("samples", "prompts_per_batch", "rollout_rows"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key} must be at least 1, got {getattr(self, key)}. Set {key}.")
+        if self.samples > 1 and self.sampling.temperature == 0:
+            raise UserError(
+                f"samples must be 1 where the temperature is 0, got {self.samples}: all responses to a problem would "
+                "be the same. Set samples or sampling.temperature."
+            )
 
     def manifest(self, source: PolicySource, questions: Sequence[Prompt]) -> dict[str, Any]:
         """Return what the responses depend on; equal manifests mean equal responses."""
@@ -84,7 +90,7 @@ def sample(
                 bar.update(len(done))
                 for batch in _batches(questions, generation.prompts_per_batch):
                     if missing := [prompt for prompt in batch if prompt.uid not in done]:
-                        policy = policy or _load(source, generation)
+                        policy = policy or _load(name, source, suite, generation)
                         store.append(_respond(policy, missing, generation))
                         bar.update(len(missing))
                 store.finish([prompt.uid for prompt in questions])
@@ -94,8 +100,23 @@ def _batches(questions: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
     return [questions[i : i + size] for i in range(0, len(questions), size)]
 
 
-def _load(source: PolicySource, generation: Generation) -> Policy:
-    policy = source.load()
+def _load(
+    name: str, source: PolicySource, suite: Mapping[str, tuple[Sequence[Prompt], Store]], generation: Generation
+) -> Policy:
+    try:
+        policy = source.load()
+    except UserError as error:
+        raise UserError(f"model {name!r}: {error}") from error
+    positions = getattr(policy.model.config, "max_position_embeddings", None)
+    encode = generation.prompt_format.encode
+    longest = max(len(encode(policy.tokenizer, p.text)) for questions, _ in suite.values() for p in questions)
+    if positions is not None and longest + generation.sampling.max_new_tokens > positions:
+        warnings.warn(
+            f"model {name!r} has {positions} positions, fewer than the {longest} tokens of the longest prompt and the "
+            f"{generation.sampling.max_new_tokens} of sampling.max_new_tokens: the model was not trained for what lies "
+            "beyond",
+            stacklevel=2,
+        )
     policy.model.to(generation.chosen_device())  # type: ignore[arg-type]
     return policy
 

@@ -33,14 +33,14 @@ class PromptFormat:
         wanted = has_template if self.chat_template is None else self.chat_template
         if wanted and not has_template:
             raise UserError(
-                "chat_template is true, but this tokenizer has no chat template. Set model.prompt_format.chat_template "
+                "chat_template is true, but this tokenizer has no chat template. Set prompt_format.chat_template "
                 "to false, or take an instruction-tuned model."
             )
         if not wanted:
             if self.system is not None:
                 raise UserError(
                     f"a system message ({self.system!r}) needs a chat template, and none is used. "
-                    "Remove model.prompt_format.system, or put its text into the task's prompt_template."
+                    "Remove prompt_format.system, or put its text into the task's prompt_template."
                 )
             return list(tokenizer(text)["input_ids"])
         messages = [{"role": "user", "content": text}]

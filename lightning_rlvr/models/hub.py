@@ -51,7 +51,7 @@ def _missing(name: str, revision: str | None, error: Exception) -> UserError:
     return UserError(
         f"name must be a model that can be had, got {name!r}: looked for the folder {Path(name).absolute()}, the "
         f"hub's cache and huggingface.co/{place} ({type(error).__name__}: {first_line}). "
-        "Set model.policy.init_args.name to a local folder, or go online."
+        "Set model.policy.init_args.name (in evaluate: models) to a local folder, or go online."
     )
 
 

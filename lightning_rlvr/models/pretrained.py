@@ -25,7 +25,7 @@ from lightning_rlvr.types import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NAME_KEY = "Set model.policy.init_args.name."
+NAME_KEY = "Set model.policy.init_args.name (in evaluate: models)."
 PACKAGE = "package:"
 DECIDING = (".safetensors", ".bin", ".gguf", ".json", ".model", ".txt", ".jinja", ".py")  # kinds of file
 CHUNK_BYTES = 1 << 20  # read at a time for the fingerprint

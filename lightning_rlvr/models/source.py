@@ -67,7 +67,7 @@ def finish_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"The tokenizer must have an EOS token, got eos_token=None from {tokenizer.name_or_path!r}: without "
-            "it no response ends before the length limit. Set model.policy.init_args.name."
+            "it no response ends before the length limit. Set model.policy.init_args.name (in evaluate: models)."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

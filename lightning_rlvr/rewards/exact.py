@@ -71,14 +71,14 @@ class ExactMatch(Reward):
                 raise UserError(
                     f"every gold answer must hold text, got {prompt.answer!r} for question {prompt.uid!r}: no "
                     "response could be right. Put the answer column of the data set right, or set the task's "
-                    "answer key in data.train.init_args."
+                    "answer_column or answer_pattern."
                 )
             inner = self._inner(prompt)
             if inner is not None:
                 raise UserError(
                     f"every gold answer must be the answer alone, got {prompt.answer[:200]!r} for question "
                     f"{prompt.uid!r}: of a response that ends so only {inner[:200]!r} is compared. Set the task's "
-                    "answer_pattern in data.train.init_args (or data.val)."
+                    "answer_pattern."
                 )
 
     def unjudgeable(self, prompts: Sequence[Prompt]) -> list[int]:

@@ -88,7 +88,8 @@ class MathAnswer(Reward):
                 f"every gold answer must be mathematics that math-verify can read and that equals itself, got "
                 f"{first.answer[:200]!r} for question {first.uid!r} ({len(unread)} such of "
                 f"{len(prompts)}): no response could be judged. Put the answer column of the data set right, "
-                "set the task's answer key in data.train.init_args (or data.val), or choose another reward."
+                "set the task's answer_column or answer_pattern, have such questions dropped (data.unjudgeable; in "
+                "evaluate: unjudgeable), or choose another reward."
             )
 
     def __call__(self, responses: Sequence[Response], prompts: Sequence[Prompt]) -> list[Verdict]:

@@ -131,7 +131,7 @@ class ReasoningGymScore(Reward):
             raise UserError(
                 f"the scorer of a data set must tell right answers from wrong ones, got {name!r} for question "
                 f"{prompt.uid!r}: {UNTRUSTED[name]}. Use ExactMatch in reward.class_path, or choose other data "
-                "sets in data.train.init_args."
+                "sets in the task."
             )
         from reasoning_gym.factory import DATASETS
 

@@ -2,9 +2,9 @@
 
 import pytest
 import yaml
-from support import ROOT
+from support import ROOT, Counting
 
-from lightning_rlvr.evaluation import read_benchmark
+from lightning_rlvr.evaluation import Benchmark, read_benchmark
 from lightning_rlvr.evaluation.benchmark import read_benchmarks
 from lightning_rlvr.rewards import MathAnswer
 from lightning_rlvr.tasks import HubDataset
@@ -98,5 +98,40 @@ def test_two_of_one_name_are_refused(tmp_path):
         (tmp_path / name).write_text(yaml.safe_dump(SUMS))
     with pytest.raises(UserError, match=r"name of its own, got \['sums', 'sums'\]"):
         read_benchmarks([tmp_path / "a.yaml", tmp_path / "b.yaml"])
-    with pytest.raises(UserError, match="at least one file"):
+    with pytest.raises(UserError, match="at least one, each"):
         read_benchmarks([])
+
+
+@pytest.mark.parametrize("name", ["average", "", " ", "..", ".hidden", "two\nlines"])
+def test_names_that_tables_and_files_cannot_have_are_refused(tmp_path, name):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({**SUMS, "name": name}))
+    with pytest.raises(UserError, match=r"not 'average', got .* Set benchmarks"):
+        read_benchmarks([tmp_path / "a.yaml"])
+
+
+class Picky(Reward):
+    """Judges no question but those of certain golds."""
+
+    def __init__(self, *golds):
+        self.golds = golds
+
+    def unjudgeable(self, prompts):
+        return [i for i, prompt in enumerate(prompts) if prompt.answer not in self.golds]
+
+    def check(self, prompts):
+        if self.unjudgeable(prompts):
+            raise UserError("no such gold")
+
+    def __call__(self, responses, prompts):
+        raise AssertionError("judges nothing here")
+
+
+def test_what_cannot_be_judged_is_an_error_or_dropped_and_counted():
+    with pytest.raises(UserError, match=r"benchmark 'b': no such gold"):
+        Benchmark("b", Counting(4), Picky("1", "3")).questions()
+    with pytest.warns(UserWarning, match=r"'b': dropped 2 of 4 .* count:0, count:2"):
+        kept = Benchmark("b", Counting(4), Picky("1", "3")).questions("drop")
+    assert [prompt.answer for prompt in kept] == ["1", "3"]
+    assert len(Benchmark("b", Counting(4), Picky("0", "1", "2", "3")).questions("drop")) == 4
+    with pytest.raises(UserError, match="'b': the reward can judge none"):
+        Benchmark("b", Counting(4), Picky()).questions("drop")

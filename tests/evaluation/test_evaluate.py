@@ -1,6 +1,7 @@
 """Sampling, judging and measuring a tiny policy: what is kept, resumed, refused and made anew."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +12,7 @@ from support import TinyPolicy
 from lightning_rlvr.evaluation import evaluate
 from lightning_rlvr.evaluation import sample as sampling_module
 from lightning_rlvr.evaluation.judge import _judge
-from lightning_rlvr.models import Policy
+from lightning_rlvr.models import Policy, PromptFormat
 from lightning_rlvr.rewards import MathAnswer
 from lightning_rlvr.rollout import TransformersEngine, seed_of
 from lightning_rlvr.store import Store, read_manifest
@@ -215,10 +216,12 @@ def test_clusters_are_by_meaning_and_the_unparsable_do_not_vote():
         ({"benchmarks": None}, "models need benchmarks"),
         ({"benchmarks": ["none.yaml"]}, "no such file"),
         ({"models": {}}, "models must be at least one"),
-        ({"models": {"../x": TinyPolicy()}}, "do not begin with a dot"),
+        ({"models": {"../x": TinyPolicy()}}, "does not begin with a dot"),
         ({"models": {"t": "some.ckpt"}}, "a checkpoint must be a file"),
         ({"models": {"t": "no/such/model"}}, "model 't': name must be"),
         ({"samples": 0}, "samples must be at least 1"),
+        ({"seed": 2**63}, "seed must be 0 or more, in 63 bits"),
+        ({"prompt_format": PromptFormat(system="Hi.")}, "model 't': a system message"),
         ({"level": 2.0}, "level must be in"),
         ({"device": "cuda:77"}, "device must be one that this machine has"),
         ({"models": None}, "output must be the folder of a finished evaluation"),
@@ -246,3 +249,78 @@ def test_a_policy_without_an_eos_of_its_own_takes_the_tokenizers():
     assert Policy(model, tokenizer).eos_ids == [tokenizer.eos_token_id]
     model.generation_config.eos_token_id = [3, 4]
     assert Policy(model, tokenizer).eos_ids == [3, 4]
+
+
+def test_greedy_samples_are_one(tmp_path, benchmarks):
+    greedy = {**SETTINGS, "sampling": Sampling(max_new_tokens=3, temperature=0.0)}
+    with pytest.raises(UserError, match=r"samples must be 1 where the temperature is 0, got 4"):
+        evaluate(tmp_path / "o", {"t": TinyPolicy()}, benchmarks, **greedy)
+    report = evaluate(tmp_path / "o", {"t": TinyPolicy()}, benchmarks, **{**greedy, "samples": 1, "ks": None})
+    assert report.measures == ["pass@1", "avg@1", "maj@1"]
+
+
+def test_benchmarks_of_other_numbers_of_samples_share_no_table(tmp_path, benchmarks):
+    seven, three = benchmarks
+    evaluate(tmp_path / "o", {"t": TinyPolicy()}, [seven], **SETTINGS)
+    evaluate(tmp_path / "o", {"t": TinyPolicy()}, [three], **{**SETTINGS, "samples": 2})
+    before = files(tmp_path / "o")
+    with pytest.raises(UserError, match="as many samples a problem to stand in one table"):
+        evaluate(tmp_path / "o", None, [seven, three], **SETTINGS)
+    results = "results.json"
+    assert files(tmp_path / "o")[results] == before[results]
+
+
+def test_verdicts_that_are_gone_are_made_with_benchmarks(tmp_path, vowels):
+    first = evaluate(tmp_path, {"t": TinyPolicy()}, [vowels], **SETTINGS)
+    (tmp_path / "verdicts" / "t" / "vowels.parquet").unlink()
+    with pytest.raises(UserError, match=r"verdicts/t/vowels.parquet must be there .* Set benchmarks"):
+        evaluate(tmp_path, **SETTINGS)
+    assert evaluate(tmp_path, None, [vowels], **SETTINGS) == first
+
+
+def test_a_benchmark_that_was_never_sampled_is_not_judged(tmp_path, benchmarks):
+    seven, three = benchmarks
+    evaluate(tmp_path / "o", {"t": TinyPolicy()}, [seven], **SETTINGS)
+    with pytest.raises(UserError, match=r"must be sampled on benchmark 'three'.*three.parquet"):
+        evaluate(tmp_path / "o", None, [three], **SETTINGS)
+
+
+def test_verdicts_follow_the_texts_not_only_the_settings(tmp_path, vowels):
+    """Another machine samples other texts with the same settings."""
+    evaluate(tmp_path, {"t": TinyPolicy()}, [vowels], **SETTINGS)
+    file = tmp_path / "samples" / "t" / "vowels.parquet"
+    store = Store(tmp_path / "other.parquet", read_manifest(file))
+    records = pd.read_parquet(file).to_dict("records")
+    store.append([{**record, "response": ["e"] * 4} for record in records])
+    store.finish([record["uid"] for record in records])
+    store.path.replace(file)
+    with pytest.raises(UserError, match="have changed since"):
+        evaluate(tmp_path, **SETTINGS)
+    evaluate(tmp_path, None, [vowels], **SETTINGS)
+    verdicts = pd.read_parquet(tmp_path / "verdicts" / "t" / "vowels.parquet")
+    assert {answer for row in verdicts["answer"] for answer in row} == {"e"}
+
+
+def test_unjudgeable_questions_are_neither_asked_nor_measured(tmp_path):
+    file = benchmark(tmp_path, "some", 3)
+    rows = [{"question": f"{i}=", "answer": answer} for i, answer in enumerate(["0", "so #### 1", "2"])]
+    (tmp_path / "some.json").write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=r"benchmark 'some': .*some:1"):
+        evaluate(tmp_path / "o", {"t": TinyPolicy()}, [file], **SETTINGS)
+    report = evaluate(tmp_path / "o", {"t": TinyPolicy()}, [file], **SETTINGS, unjudgeable="drop")
+    assert report.problems == {"some": 2}
+    samples = pd.read_parquet(tmp_path / "o" / "samples" / "t" / "some.parquet")
+    assert samples["uid"].tolist() == ["some:0", "some:2"]
+
+
+def test_more_tokens_than_positions_are_said(tmp_path, benchmarks, monkeypatch):
+    positions = TinyPolicy().load().model.config.max_position_embeddings
+    said = f"'t' has {positions} positions, fewer than the 2 tokens of the longest prompt"
+    monkeypatch.setattr(sampling_module, "_respond", None)  # a model is loaded, and asked nothing
+    for tokens, warns in ((positions - 2, False), (positions - 1, True)):
+        settings = {**SETTINGS, "sampling": Sampling(tokens)}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with pytest.raises(TypeError):
+                evaluate(tmp_path / str(tokens), {"t": TinyPolicy()}, benchmarks, **settings)
+        assert any(said in str(one.message) for one in caught) == warns

@@ -3,10 +3,12 @@
 import json
 
 import pandas as pd
+import pytest
 import torch
 
 from lightning_rlvr.evaluation.measure import Bootstrap, Result
 from lightning_rlvr.evaluation.report import Report, write_report
+from lightning_rlvr.types import UserError
 
 RESPONSES = {
     "length": 120.4,
@@ -102,3 +104,23 @@ def test_the_files(tmp_path):
     assert table["average"].tolist() == [0.375, 0.4375]
     assert (tmp_path / "table.md").read_text() == found.markdown()
     assert (tmp_path / "table.png").stat().st_size > 5_000
+
+
+def test_names_are_no_formulas_in_the_picture(tmp_path):
+    write_report(report(**{"$a_{$": (0.5, 0.5), r"$\frac$": (0.25, 0.5)}), tmp_path)
+    assert (tmp_path / "table.png").stat().st_size > 5_000
+
+
+def test_the_picture_grows_with_the_names(tmp_path):
+    sizes = []
+    for letter in ("a", "a" * 60):
+        write_report(report(**{letter: (0.5, 0.5)}), tmp_path)
+        sizes.append(int.from_bytes((tmp_path / "table.png").read_bytes()[16:20], "big"))  # PNG: width
+    assert sizes[1] > sizes[0] + 400
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_to_change(tmp_path):
+    (tmp_path / "table.csv").mkdir()
+    with pytest.raises(UserError, match=r"output must be a folder that can be written.*Set output"):
+        write_report(report(base=(0.5, 0.25)), tmp_path)
+    assert not (tmp_path / "results.json").exists()

@@ -7,7 +7,7 @@ from support import QUICKSTART
 
 from lightning_rlvr.cli import main
 from lightning_rlvr.data_check import Report, contained, normalised
-from lightning_rlvr.types import Prompt
+from lightning_rlvr.types import Prompt, UserError
 
 GOOD = [
     {"question": f"A farmer has {i} cows and buys {2 * i + 1} more cows at the market on a sunny day. How many now?"}
@@ -97,6 +97,21 @@ def test_golds_that_cannot_be_judged_are_errors(check):
     assert "unjudgeable gold" in printed.out
 
 
+def test_golds_that_are_dropped_are_warnings_and_compared_no_more(check):
+    rows = [{**GOOD[0], "answer": "?!"}, {**GOOD[9], "answer": "?!"}]  # else a contradiction and an overlap
+    flags = ("--containment", "1", "--data.unjudgeable")
+    status, report, _ = check([*GOOD[:8], *rows], GOOD[8:], *flags, "drop")
+    assert (status, found(report)) == (0, {("warning", "train", "unjudgeable gold"): 2})
+    assert "dropped" in report["findings"][0]["message"]
+    assert check([*GOOD[:8], *rows], GOOD[8:], *flags, "error")[0] == 1
+
+
+def test_a_split_of_nothing_but_unjudgeable_golds_is_an_error(check):
+    rows = [{**row, "answer": "?!"} for row in GOOD[:8]]
+    status, report, _ = check(rows, GOOD[8:], "--containment", "1", "--data.unjudgeable", "drop")
+    assert (status, found(report)) == (1, {("error", "train", "unjudgeable gold"): 8})
+
+
 def test_long_prompts_are_errors_or_dropped(check):
     long = {"question": "word " * 60, "answer": "3"}
     status, report, _ = check([*GOOD[:8], long], GOOD[8:], "--containment", "1")
@@ -129,6 +144,36 @@ def test_containment_is_the_share_of_runs_of_words():
     assert contained(asked, train, 3) == [(1.0, 0), (0.5, 0), (0.0, 0), (0.0, 0), (0.0, 0)]
     assert contained([Prompt("c", "y z", "")], train, 3) == [(1.0, 1)]
     assert normalised("What's  2+3?") == normalised("whats 2 + 3 ?") != normalised("What's 2-3?")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("f'(2)", "f(2)"), ("y''", "y'"), ("3\u00b2", "32"), ("x\u2082", "x2"), ("2\u00bd", "21/2"), ("a_1", "a 1")],
+)
+def test_formulas_that_differ_are_not_one_question(one, other):
+    assert normalised(f"Find {one}.") != normalised(f"Find {other}.")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("2\u22123", "2-3"),
+        ("\u201cx\u201d is 'x'", '"x" is x'),
+        ("x\u200by\ufeff", "xy"),
+        ("na\u00efve \ufb01nd", "nai\u0308ve find"),
+        ("I'm at O\u2019Brien's", "Im at OBriens"),
+        ("3\u00b2 and \u00bd", "3^2 and 1/2"),
+        ("f'(x)", "f\u2032(x)"),
+    ],
+)
+def test_writings_of_one_question_are(one, other):
+    assert normalised(one) == normalised(other)
+
+
+def test_a_report_that_cannot_be_written_is_the_users_to_change(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Set --output"):
+        Report().write(tmp_path / "file")
 
 
 def test_an_empty_report_passes():

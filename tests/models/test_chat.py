@@ -60,7 +60,7 @@ def test_special_tokens_are_not_added_twice(chat):
 
 
 def test_a_missing_template_is_an_error_that_names_the_key(plain):
-    with pytest.raises(UserError, match=r"no chat template\. Set model\.prompt_format\.chat_template to false"):
+    with pytest.raises(UserError, match=r"no chat template\. Set prompt_format\.chat_template to false"):
         PromptFormat(chat_template=True).encode(plain, "a")
 
 
