@@ -23,8 +23,9 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Two processes of one thread each: two of two threads slow each other down on two cores.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadscope
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,6 +1,7 @@
 """What a run of `fit` leaves behind."""
 
 import json
+import logging
 import math
 
 import pandas as pd
@@ -46,7 +47,9 @@ def test_values_lie_where_they_must(metrics):
     assert (train["train/logp_gap"] < 1e-4).all()
 
 
-def test_the_profiler_of_lightning_works(cli, tmp_path, caplog):
+def test_the_profiler_of_lightning_works(cli, tmp_path, caplog, monkeypatch):
+    for name in ("lightning", "lightning.pytorch"):  # which keep to themselves what nobody asked for when they began
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     cli("fit", tmp_path / "fit", trainer__profiler="simple", trainer__max_steps=1)
     assert "FIT Profiler Report" in caplog.text
     assert "run_training_batch" in caplog.text
