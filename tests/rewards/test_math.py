@@ -199,7 +199,7 @@ def test_gold_answers_may_stand_in_a_worked_solution(reward):
 @pytest.mark.parametrize("gold", ["", "?!", "1/0", SLOW, "x" * 3000])
 def test_check_names_the_question_whose_gold_is_unreadable(hasty, gold):
     prompts = [Prompt("fine", "", "3"), Prompt("gsm-17", "", gold), Prompt("gsm-18", "", gold)]
-    with pytest.raises(UserError, match=r"'gsm-17' \(2 such of 3\).*data\.train"):
+    with pytest.raises(UserError, match=r"'gsm-17' \(2 such of 3\).*data\.unjudgeable"):
         hasty.check(prompts)
 
 
