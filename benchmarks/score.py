@@ -27,7 +27,7 @@ from lightning_rlvr.rewards import ExactMatch, MathAnswer
 from lightning_rlvr.rollout import TransformersEngine
 from lightning_rlvr.store import Store
 from lightning_rlvr.tasks import ReasoningGym, WorkedChainSum
-from lightning_rlvr.types import Prompt, Response, Reward, Rollouts, Verdict
+from lightning_rlvr.types import Prompt, Response, Reward, Verdict
 
 
 class Parts:
@@ -78,14 +78,9 @@ def main() -> None:
     source = Embedded(WorkedChainSum(), seed=1)
     source.prepare()
     policy = source.load()
-    engine = TransformersEngine(policy.model, [policy.tokenizer.eos_token_id], policy.tokenizer.pad_token_id)
+    engine = TransformersEngine(policy.model, policy.eos_ids, policy.tokenizer.pad_token_id)
     judge = ExactMatch(answer_pattern=r"#(-?\d+)$") if args.reward == "exact" else MathAnswer()
     judge(*zip(*[(Response(p.answer), p) for p in prompts[:64]], strict=True))  # starts its processes
-
-    def decode(rollouts: Rollouts) -> list[Response]:
-        ids = [row[keep].tolist() for row, keep in zip(rollouts.response_ids, rollouts.mask, strict=True)]
-        texts = policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [Response(text, cut) for text, cut in zip(texts, rollouts.truncated.tolist(), strict=True)]
 
     parts = Parts()
     reward = Timed(judge, parts)
@@ -96,12 +91,11 @@ def main() -> None:
         score_questions(
             prompts,
             lambda text: PromptFormat().encode(policy.tokenizer, text),
-            parts.timed("decode", decode),
+            parts.timed("decode", policy.decode),
             engine,
             reward,
             Scoring(),
             40,
-            1,
             store,
             set(),
         )
@@ -121,6 +115,7 @@ def main() -> None:
     for name, value in seconds.items():
         print(f"{name:9} {value:7.2f} s  {value / total:6.1%}")
     path = Path(__file__).parent / "results" / f"score_{args.reward}.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
 
 
