@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -91,6 +92,14 @@ def semantic_entropy(
         if lengths is None or (lengths < 1).any():
             raise ValueError(f"the rao_blackwell estimator needs the length of each sample (>= 1), got {lengths}")
         log_weight = log_weight / lengths.double()
-    log_mass = torch.stack([log_weight[labels == k].logsumexp(0) for k in labels.unique()])
-    log_p = log_mass - log_mass.logsumexp(0)
-    return float(torch.special.entr(log_p.exp()).sum().clamp(min=0.0))
+    clusters: dict[int, list[float]] = {}
+    for label, weight in zip(labels.tolist(), log_weight.tolist(), strict=True):
+        clusters.setdefault(label, []).append(weight)
+    log_mass = [_logsumexp(weights) for weights in clusters.values()]
+    total = _logsumexp(log_mass)
+    return max(0.0, -math.fsum(math.exp(x - total) * (x - total) for x in log_mass))
+
+
+def _logsumexp(values: list[float]) -> float:
+    most = max(values)
+    return most + math.log(math.fsum(math.exp(x - most) for x in values))
