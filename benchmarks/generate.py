@@ -13,19 +13,12 @@ benchmarks/results/generate.json.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import platform
-import statistics
-import sys
 import time
-from datetime import date
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks import record
 from benchmarks.workloads import WORKLOADS, Workload
 from lightning_rlvr.rollout import TransformersEngine
 from lightning_rlvr.rollout.transformers_engine import left_pad
@@ -98,16 +91,8 @@ def compare(work: Workload, lengths: Tensor, rounds: int) -> dict[str, object]:
         for name, run in (("ours", ours), ("generate", transformers))[:: 1 if seed % 2 else -1]:
             rates[name].append(useful / run(work, lengths, seed))
     ratios = [a / b for a, b in zip(rates["ours"], rates["generate"], strict=True)]
-    summary = {name: _spread(values) for name, values in (*rates.items(), ("ratio", ratios))}
+    summary = {name: record.spread(values) for name, values in (*rates.items(), ("ratio", ratios))}
     return {"useful_tokens": useful, **summary}
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {
-        "median": round(statistics.median(values), 3),
-        "least": round(min(values), 3),
-        "most": round(max(values), 3),
-    }
 
 
 def main() -> None:
@@ -116,16 +101,11 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    path = Path(__file__).parent / "results" / "generate.json"
-    path.parent.mkdir(exist_ok=True)
-    result = json.loads(path.read_text()) if path.exists() else {}
+    result = record.read("generate")
     for name in args.workloads:
         work = WORKLOADS[name]()
         result[name] = {
-            "date": date.today().isoformat(),
-            "command": " ".join(["python -m benchmarks.generate", *sys.argv[1:]]),
-            "machine": f"{platform.machine()}, {multiprocessing.cpu_count()} cores, {torch.get_num_threads()} threads",
-            "versions": {package: version(package) for package in ("torch", "transformers")},
+            **record.about("generate", ("torch", "transformers"), torch.get_num_threads()),
             "dtype": str(work.model.dtype).removeprefix("torch."),
             "rounds": args.rounds,
         }
@@ -136,7 +116,7 @@ def main() -> None:
                 for key in ("ours", "generate", "ratio")
             )
             print(f"{name} {kind:9} {shown}", flush=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    record.keep("generate", result)
 
 
 if __name__ == "__main__":

@@ -21,21 +21,16 @@ are from the plain ones. Linux only: the peak is reset through /proc.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import platform
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks import record
 from lightning_rlvr.ops.linear_logprob import linear_logprob, linear_logprob_loss
 from lightning_rlvr.ops.logprob import entropy, log_softmax, token_logp
 
@@ -161,18 +156,13 @@ def main() -> None:
             f"{args.tokens:6} tokens  {name:10} {of['seconds']:6.2f} s  {of['extra_gib']:5.2f} GiB  "
             f"{of['times_one_pass']:5.2f} x one_pass  gradient off by {of['gradient_distance']:.0e}"
         )
-    path = Path(__file__).parent / "results" / "head.json"
-    path.parent.mkdir(exist_ok=True)
-    result = json.loads(path.read_text()) if path.exists() else {}
+    result = record.read("head")
     result[f"{args.tokens} tokens"] = {
-        "date": date.today().isoformat(),
-        "command": "python -m benchmarks.head " + " ".join(sys.argv[1:]),
-        "machine": f"{platform.machine()}, {multiprocessing.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
+        **record.about("head", ("torch", "transformers", "trl"), torch.get_num_threads()),
         "rounds": args.rounds,
         **figures,
     }
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    record.keep("head", result)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,12 @@ its inputs, and writes benchmarks/results/plan.json.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import platform
 import resource
 import statistics
-import sys
 import time
-from datetime import date
-from pathlib import Path
+
+from benchmarks import record
 
 OBJECTIVES = [
     *("GRPO", "DAPO", "GSPO", "CISPO", "EntropyBonus", "AdaptiveEntropy", "EntropyAdvantage"),
@@ -69,9 +66,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     args = parser.parse_args()
     result = {
-        "date": date.today().isoformat(),
-        "command": "python -m benchmarks.plan " + " ".join(sys.argv[1:]),
-        "machine": f"{platform.machine()}, {multiprocessing.cpu_count()} cores",
+        **record.about("plan", ("torch",)),
         "rows": args.rows,
         "tokens": args.tokens,
     }
@@ -80,9 +75,7 @@ def main() -> None:
         with context.Pool(1) as pool:
             result[name] = pool.apply(measure, (name, args.rows, args.tokens))
         print(f"{name:18} {result[name]['seconds']:6.2f} s  {result[name]['added_gib']:5.2f} GiB")
-    path = Path(__file__).parent / "results" / "plan.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    record.keep("plan", result)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,13 @@ benchmarks/results/score_{exact,math}.json.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks import record
 from lightning_rlvr.curriculum.score import Scoring, score_questions
 from lightning_rlvr.models import Embedded, PromptFormat
 from lightning_rlvr.rewards import ExactMatch, MathAnswer
@@ -78,7 +74,7 @@ def main() -> None:
     source = Embedded(WorkedChainSum(), seed=1)
     source.prepare()
     policy = source.load()
-    engine = TransformersEngine(policy.model, policy.eos_ids, policy.tokenizer.pad_token_id)
+    engine = TransformersEngine.of(policy)
     judge = ExactMatch(answer_pattern=r"#(-?\d+)$") if args.reward == "exact" else MathAnswer()
     judge(*zip(*[(Response(p.answer), p) for p in prompts[:64]], strict=True))  # starts its processes
 
@@ -104,9 +100,7 @@ def main() -> None:
     judge.close()
     seconds = {**parts.seconds, "rest": total - sum(parts.seconds.values()), "total": total}
     result = {
-        "date": date.today().isoformat(),
-        "command": " ".join(["python -m benchmarks.score", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {multiprocessing.cpu_count()} cores",
+        **record.about("score", ("torch", "transformers")),
         "questions": args.questions,
         "samples": Scoring().samples,
         "seconds": seconds,
@@ -114,9 +108,7 @@ def main() -> None:
     }
     for name, value in seconds.items():
         print(f"{name:9} {value:7.2f} s  {value / total:6.1%}")
-    path = Path(__file__).parent / "results" / f"score_{args.reward}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    record.keep(f"score_{args.reward}", result)
 
 
 if __name__ == "__main__":

@@ -18,19 +18,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
+from benchmarks import record
 from benchmarks.sides import PARTS, Settings
 
 MICRO_BATCH = {"ours": {"W1": 16, "W2": 8}, "trl": {"W1": 32, "W2": 8}}  # rows in a pass
@@ -96,11 +92,6 @@ def floor_operations(settings: Settings) -> tuple[int, int]:
     return parameters * tokens * (2 + 6 + 2 * settings.reference), response
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Return median, least and most."""
-    return {name: round(of(values), 4) for name, of in (("median", statistics.median), ("least", min), ("most", max))}
-
-
 def against_trl(settings: Settings, rounds: int) -> dict[str, object]:
     """Compare a step of ours with one of TRL's."""
     sides = {side: replace(settings, micro_batch=MICRO_BATCH[side][settings.workload]) for side in MICRO_BATCH}
@@ -111,12 +102,12 @@ def against_trl(settings: Settings, rounds: int) -> dict[str, object]:
     peak = {name: answers[-1]["peak_gib"] for name, answers in said.items()}
     return {
         "response_tokens": tokens,
-        "gflops": spread([rate / 1e9 for rate in rates]),
+        "gflops": record.spread([rate / 1e9 for rate in rates], 4),
         "floor_seconds": round(floor, 3),
-        "seconds": {name: spread(values) for name, values in seconds.items()},
-        "times_as_fast": spread([b / a for a, b in zip(seconds["ours"], seconds["trl"], strict=True)]),
-        "over_floor": {name: spread([value / floor for value in values]) for name, values in seconds.items()},
-        "our_seconds": {part: spread([answer[part] for answer in said["ours"]]) for part in PARTS},
+        "seconds": {name: record.spread(values, 4) for name, values in seconds.items()},
+        "times_as_fast": record.spread([b / a for a, b in zip(seconds["ours"], seconds["trl"], strict=True)], 4),
+        "over_floor": {name: record.spread([value / floor for value in values], 4) for name, values in seconds.items()},
+        "our_seconds": {part: record.spread([answer[part] for answer in said["ours"]], 4) for part in PARTS},
         "peak_gib": {name: round(value, 3) for name, value in peak.items()},
         "peak_ratio": round(peak["ours"] / peak["trl"], 3),
     }
@@ -130,8 +121,8 @@ def growth(settings: Settings, rounds: int) -> dict[str, object]:
     each = [[a["seconds"] / n for a in answers] for n, answers in zip(tokens, said.values(), strict=True)]
     return {
         "rows": [quarter.prompts * 8, settings.prompts * 8],
-        "milliseconds_a_token": [spread([1e3 * value for value in values]) for values in each],
-        "ratio": spread([b / a for a, b in zip(*each, strict=True)]),
+        "milliseconds_a_token": [record.spread([1e3 * value for value in values], 4) for values in each],
+        "ratio": record.spread([b / a for a, b in zip(*each, strict=True)], 4),
     }
 
 
@@ -159,10 +150,7 @@ def main() -> None:
         tokens=args.tokens or most[1],
     )
     result = {
-        "date": date.today().isoformat(),
-        "command": " ".join(["python -m benchmarks.step", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {multiprocessing.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {name: _version(name) for name in ("torch", "transformers", "trl", "lightning")},
+        **record.about("step", ("torch", "transformers", "trl", "lightning"), torch.get_num_threads()),
         **asdict(settings),
         **(growth if args.growth else against_trl)(settings, args.rounds),
     }
@@ -176,16 +164,7 @@ def main() -> None:
         f"tokens{args.tokens}" if args.tokens else "",
         f"prompts{args.prompts}" if args.prompts else "",
     )
-    path = Path(__file__).parent / "results" / ("_".join(["step", *filter(None, parts)]).lower() + ".json")
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    record.keep("_".join(["step", *filter(None, parts)]).lower(), result)
 
 
 if __name__ == "__main__":

@@ -15,18 +15,15 @@ the good ones is judged. Writes benchmarks/results/verify.json.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
 import platform
 import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks import record
 from lightning_rlvr.rewards import MathAnswer
 from lightning_rlvr.rewards.math import _final, _golds
 from lightning_rlvr.rewards.pool import WorkerPool
@@ -205,10 +202,7 @@ def main() -> None:
     parser.add_argument("--timeout_s", type=float, default=5.0)
     args = parser.parse_args()
     result: dict[str, object] = {
-        "date": date.today().isoformat(),
-        "command": "python -m benchmarks.verify " + " ".join(sys.argv[1:]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("math-verify", "latex2sympy2_extended", "sympy")},
+        **record.about("verify", ("math-verify", "latex2sympy2_extended", "sympy")),
         "python": platform.python_version(),
     }
     reward = MathAnswer(workers=2, timeout_s=args.timeout_s)
@@ -231,9 +225,7 @@ def main() -> None:
     reward.close()
     result["torture"] = beside_torture(latex_pairs(6_000, seed=5), args.timeout_s)
     print("torture ", result["torture"])
-    path = Path(__file__).parent / "results" / "verify.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    record.keep("verify", result)
 
 
 if __name__ == "__main__":
