@@ -114,9 +114,16 @@ class Curriculum:
         return [self.epochs] * self.stages if isinstance(self.epochs, int) else list(self.epochs)
 
     @property
+    def sorted_by(self) -> str:
+        """The column of the scores or of the data that questions are sorted by, or `shuffled`."""
+        if self.order == "column":
+            return self.column.removeprefix("-")
+        return self.order if self.order in ("pass_rate", "shuffled") else f"semantic_entropy_{self.estimator}"
+
+    @property
     def orders_by_scores(self) -> bool:
         """Whether the order is read from scores."""
-        return self.column.removeprefix("-") in NUMBERS if self.order == "column" else self.order != "shuffled"
+        return self.sorted_by in NUMBERS
 
     @property
     def needs_scores(self) -> bool:
@@ -140,16 +147,14 @@ class Curriculum:
         if self.order == "shuffled":
             return np.zeros(len(prompts))
         if not self.orders_by_scores:
-            values = column_of(prompts, self.column.removeprefix("-"))
+            values = column_of(prompts, self.sorted_by)
         else:
             if scores is None or len(scores) != len(prompts):
                 raise ValueError(
                     f"ordering {len(prompts)} questions needs {len(prompts)} scores, got "
                     f"{None if scores is None else len(scores)}"
                 )
-            entropy = f"semantic_entropy_{self.estimator}"
-            name = {"column": self.column.removeprefix("-"), "pass_rate": "pass_rate"}.get(self.order, entropy)
-            values = scores[name].to_numpy(dtype=np.float64)
+            values = scores[self.sorted_by].to_numpy(dtype=np.float64)
         if np.isnan(values).any():
             raise ValueError(f"{np.isnan(values).sum()} questions have a nan score: they have no place in the order")
         return -values if self.order in ("descending", "pass_rate") or self.column.startswith("-") else values
@@ -160,9 +165,9 @@ class Curriculum:
         out: dict[str, np.ndarray] = {}
         if scores is None or not filters:
             return out
-        gone = np.zeros(len(scores), dtype=bool)
+        gone, found = np.zeros(len(scores), dtype=bool), kinds(scores)
         for name in filters:
-            out[name] = kinds(scores)[name] & ~gone
+            out[name] = found[name] & ~gone
             gone |= out[name]
         return out
 

@@ -63,7 +63,7 @@ def report_page(
         "samples": samples,
         "estimator": curriculum.estimator,
         "stages": len(stages),
-        "sorted_by": sorted_by(curriculum),
+        "sorted_by": curriculum.sorted_by,
         "kinds": {name: int(chosen.sum()) for name, chosen in kind.items()},
         "majority_right": _number(scores["majority_correct"].mean()),
         "pass_rate": _number(scores["pass_rate"].mean()),
@@ -92,13 +92,6 @@ def report_page(
     return PAGE.read_text(encoding="utf-8").replace("/*DATA*/null", shown)
 
 
-def sorted_by(curriculum: Curriculum) -> str:
-    """Return the column that questions are sorted by, or `shuffled`."""
-    if curriculum.order == "column":
-        return curriculum.column.removeprefix("-")
-    return f"semantic_entropy_{curriculum.estimator}" if curriculum.order.endswith("scending") else curriculum.order
-
-
 def boundaries(
     scores: pd.DataFrame, estimator: str, curriculum: Curriculum, stages: Sequence[np.ndarray]
 ) -> list[tuple[float, float]]:
@@ -107,7 +100,7 @@ def boundaries(
     There are none unless the stages are sorted by this very estimate. Questions that come last whatever their entropy
     belong to no boundary.
     """
-    if sorted_by(curriculum) != f"semantic_entropy_{estimator}":
+    if curriculum.sorted_by != f"semantic_entropy_{estimator}":
         return []
     late = kinds(scores)["confident_and_wrong"] & (curriculum.confident_and_wrong == "last")
     sorted_stages = [stage for stage in (stage[~late[stage]] for stage in stages) if len(stage)]

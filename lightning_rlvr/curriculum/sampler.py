@@ -14,6 +14,15 @@ from lightning_rlvr.curriculum.order import Adaptive
 from lightning_rlvr.types import UserError
 
 
+def check_batch_size(batch_size: int, world: int) -> None:
+    """Raise UserError if a batch has not a question for each of `world` processes."""
+    if batch_size < world:
+        raise UserError(
+            f"prompts_per_batch must be at least the number of processes ({world}), got {batch_size}: "
+            "each needs a question. Set data.prompts_per_batch."
+        )
+
+
 class Batch(NamedTuple):
     """The questions of one rollout batch over all ranks, and which pass over which stage they belong to."""
 
@@ -49,11 +58,7 @@ class CurriculumSampler(Sampler[list[int]]):
         world: int = 1,
         start: int = 0,
     ) -> None:
-        if batch_size < world:
-            raise UserError(
-                f"prompts_per_batch must be at least the number of processes ({world}), got {batch_size}: "
-                "each needs a question. Set data.prompts_per_batch."
-            )
+        check_batch_size(batch_size, world)
         if min(map(len, stages)) < world:
             raise UserError(
                 f"each stage must have a question for each process ({world}), got {[len(s) for s in stages]}. "
@@ -68,7 +73,7 @@ class CurriculumSampler(Sampler[list[int]]):
                 step = batch_size - batch_size % world
                 self.batches += [Batch(stage, epoch, order[i : i + step].tolist()) for i in range(0, len(order), step)]
         self.start = start % len(self.batches)
-        self._planned = self._hash()
+        self._planned = _digest(repr([tuple(batch) for batch in self.batches]))
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this rank's share of each batch that is left; from the next time on, of all batches."""
@@ -87,9 +92,6 @@ class CurriculumSampler(Sampler[list[int]]):
     def fingerprint(self) -> str:
         """Return a hash of the order over all ranks as it was planned at first."""
         return self._planned
-
-    def _hash(self) -> str:
-        return hashlib.sha256(repr([tuple(batch) for batch in self.batches]).encode()).hexdigest()[:16]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is known beyond the plan: nothing."""
@@ -129,7 +131,7 @@ class AdaptiveSampler(CurriculumSampler):
         super().__init__(stages, epochs, batch_size, seed, rank, world, start)
         self.estimate, self._adaptive = key.astype(np.float64), adaptive
         self._tie, self._last = tie, last
-        self._planned = hashlib.sha256(f"{self._planned} {adaptive}".encode()).hexdigest()[:16]
+        self._planned = _digest(f"{self._planned} {adaptive}")
 
     def observe(self, number: int, fresh: Sequence[float]) -> bool:
         """Take fresh estimates of the key of the questions of batch `number`, over all ranks, in its order.
@@ -178,3 +180,7 @@ class AdaptiveSampler(CurriculumSampler):
         """Continue from a state."""
         self.estimate = np.array(state["estimate"])
         self.batches = [Batch(*batch) for batch in state["batches"]]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_rlvr.curriculum import AdaptiveSampler, Curriculum, CurriculumSampler, Scoring
 from lightning_rlvr.curriculum.order import tie_break
+from lightning_rlvr.curriculum.sampler import check_batch_size
 from lightning_rlvr.models.cache import cache_root
 from lightning_rlvr.training.experience import PromptBatch
 from lightning_rlvr.training.scoring import QuestionScores
@@ -98,6 +99,7 @@ class RLVRDataModule(LightningDataModule):
         self.seed = seed
         self.questions: dict[Split, list[Prompt]] = {}
         self.score_table: pd.DataFrame | None = None
+        self._question_scores: QuestionScores | None = None
         self.stages: list[np.ndarray] = []
         self.sampler: CurriculumSampler | None = None
         self._order: str | None = None  # fingerprint of the order trained on
@@ -147,12 +149,8 @@ class RLVRDataModule(LightningDataModule):
                 rank_zero_warn(f"{len(shared)} held-out questions are also training questions: {min(shared)!r}, ...")
 
     def _check_curriculum(self, module: RLVRModule) -> None:
-        world, scoring, curriculum = self._trainer().world_size, self.scoring, self.curriculum
-        if self.prompts_per_batch < world:
-            raise UserError(
-                f"prompts_per_batch must be at least the number of processes ({world}), got {self.prompts_per_batch}: "
-                "each needs a question. Set data.prompts_per_batch."
-            )
+        scoring, curriculum = self.scoring, self.curriculum
+        check_batch_size(self.prompts_per_batch, self._trainer().world_size)
         stored, fresh = (scoring.samples, scoring.temperature), (self.group_size, module.sampling.temperature)
         if curriculum.adaptive is not None and curriculum.order != "pass_rate" and stored != fresh:
             raise UserError(
@@ -207,7 +205,10 @@ class RLVRDataModule(LightningDataModule):
 
     def question_scores(self, module: RLVRModule) -> QuestionScores:
         """Return what makes and reads the scores of the training questions."""
-        return QuestionScores(module, self.questions["train"], self.scoring, self._trainer())
+        known, trainer = self._question_scores, self._trainer()
+        if known is None or known.module is not module or known.trainer is not trainer:  # to make it reads all prompts
+            known = self._question_scores = QuestionScores(module, self.questions["train"], self.scoring, trainer)
+        return known
 
     def _trainer(self) -> Trainer:
         if self.trainer is None:
