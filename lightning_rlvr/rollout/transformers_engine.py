@@ -16,6 +16,8 @@ from lightning_rlvr.types import Engine, Rollouts, Sampling
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lightning_rlvr.models import Policy
+
 
 class TransformersEngine(Engine):
     """Samples with a causal language model of transformers.
@@ -35,6 +37,11 @@ class TransformersEngine(Engine):
             raise ValueError("the policy has no end-of-sequence token, so no response could ever end")
         self.model, self.pad_id, self.max_rows = model, pad_id, max_rows
         self.eos_ids = torch.tensor(sorted(set(eos_ids)))
+
+    @classmethod
+    def of(cls, policy: Policy, max_rows: int = 256) -> TransformersEngine:
+        """Return an engine for a policy, with the tokens that end its responses."""
+        return cls(policy.model, policy.eos_ids, policy.tokenizer.pad_token_id, max_rows)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], samples: int, sampling: Sampling

@@ -189,8 +189,7 @@ class RLVRModule(LightningModule):
     @property
     def engine(self) -> Engine:
         """The engine that samples from the policy as it is now."""
-        eos_ids = Policy(self.policy, self.tokenizer).eos_ids
-        return TransformersEngine(self.policy, eos_ids, self.tokenizer.pad_token_id, self.rollout_rows)
+        return TransformersEngine.of(Policy(self.policy, self.tokenizer), self.rollout_rows)
 
     @property
     def sampler(self) -> CurriculumSampler | None:

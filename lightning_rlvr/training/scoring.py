@@ -116,12 +116,11 @@ class QuestionScores:
 
     def _score(self, store: Store, done: set[str]) -> None:
         module, policy = self.module, self._initial_policy()
-        engine = TransformersEngine(policy.model, policy.eos_ids, policy.tokenizer.pad_token_id, module.rollout_rows)
         scores.score_questions(
             self.prompts,
             partial(module.prompt_format.encode, policy.tokenizer),
             policy.decode,
-            engine,
+            TransformersEngine.of(policy, module.rollout_rows),
             module.reward,
             self.scoring,
             module.sampling.max_new_tokens,

@@ -56,7 +56,7 @@ def test_what_is_kept_of_each_problem(tmp_path, benchmarks):
     assert samples["uid"].tolist() == verdicts["uid"].tolist() == [f"seven:{i}" for i in range(7)]
     row = samples.iloc[4]
     policy = source.load()
-    engine = TransformersEngine(policy.model, policy.eos_ids, policy.tokenizer.pad_token_id)
+    engine = TransformersEngine.of(policy)
     ids = list(policy.tokenizer("4=")["input_ids"])
     rollouts = engine.generate([ids], [seed_of(1, "evaluate", "seven:4")], 4, SETTINGS["sampling"])
     assert row["prompt"] == "4="
