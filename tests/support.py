@@ -1,11 +1,13 @@
 """A tiny policy, task and reward, and a cut-down quickstart: what tests of several rooms share."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from lightning_rlvr.models.char_tokenizer import char_tokenizer
@@ -75,6 +77,17 @@ def command_line(cache: Path, *words: str, die_at: int | None = None) -> subproc
     env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | ({} if die_at is None else {"DIE_AT": str(die_at)})
     command = [sys.executable, "-m", "lightning_rlvr", *words]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+browser = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium browser (Debian: apt-get install chromium)")
+
+
+def opened(page: Path, choice: str, folder: Path) -> str:
+    """Return the document that a browser makes of a page; `choice` is what follows # in the address."""
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    command = [CHROMIUM, *quiet, f"--user-data-dir={folder / 'profile'}", "--dump-dom", f"file://{page}#{choice}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 class TinyPolicy(PolicySource):

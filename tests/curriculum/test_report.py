@@ -3,13 +3,12 @@
 import json
 import math
 import re
-import shutil
-import subprocess
 from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 import pytest
+from support import browser, opened
 
 from lightning_rlvr.curriculum import Curriculum
 from lightning_rlvr.curriculum.order import kinds
@@ -17,8 +16,6 @@ from lightning_rlvr.curriculum.report import EXAMPLES, boundaries, choose, most_
 from lightning_rlvr.curriculum.score import ESTIMATORS, estimates
 from lightning_rlvr.types import Prompt, UserError
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 MANIFEST = {"policy": "Embedded(seed=1)", "samples": 4, "temperature": 1.0}
 HOSTILE = "</script><script>document.title='owned'</script><b>bold</b> \"'`${1}` שלום 🧮 \u2028 \u202e"
 
@@ -248,11 +245,10 @@ def test_a_report_that_cannot_be_written_is_a_users_error(tmp_path):
         write_report(table(), Curriculum(), cut(table(), Curriculum()), MANIFEST, tmp_path / "file" / "scores.html")
 
 
-def opened(page, tmp_path, estimator=""):
+def shown(page, tmp_path, estimator=""):
     path = tmp_path / "page.html"
     path.write_text(page, encoding="utf-8")
-    command = [CHROMIUM, *QUIET, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{path}#{estimator}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split("<script>")[0]
+    return opened(path, estimator, tmp_path).split("<script>")[0]
 
 
 def tiles(dom):
@@ -260,13 +256,10 @@ def tiles(dom):
     return {name: value.replace("&nbsp;", " ") for value, name in figures}
 
 
-browser = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium browser (Debian: apt-get install chromium)")
-
-
 @browser
 def test_the_page_shows_figures_bars_and_boundaries(tmp_path):
     write_report(table(), Curriculum(), cut(table(), Curriculum()), MANIFEST, tmp_path / "deep" / "page.html")
-    dom = opened((tmp_path / "deep" / "page.html").read_text(encoding="utf-8"), tmp_path)
+    dom = shown((tmp_path / "deep" / "page.html").read_text(encoding="utf-8"), tmp_path)
     assert tiles(dom) == {
         "questions": "6",
         "mean entropy": "0.592",
@@ -289,7 +282,7 @@ def test_the_page_shows_figures_bars_and_boundaries(tmp_path):
 
 @browser
 def test_the_address_chooses_the_estimator(tmp_path):
-    dom = opened(page_of(table()), tmp_path, "likelihood")
+    dom = shown(page_of(table()), tmp_path, "likelihood")
     assert tiles(dom)["mean entropy"] == f"{table()['semantic_entropy_likelihood'].mean():.3f}"
     assert 'class="boundary"' not in dom
     assert "They overlap in this estimate" in dom
@@ -301,7 +294,7 @@ def test_what_the_model_wrote_is_never_read_as_markup(tmp_path):
     scores = pd.DataFrame([hostile])
     page = report_page(scores, Curriculum(stages=1), [np.array([0])], {HOSTILE: HOSTILE})
     assert page.count("</script>") == 1
-    dom = opened(page, tmp_path)
+    dom = shown(page, tmp_path)
     assert "<title>Semantic entropy of questions</title>" in dom
     assert "<b>bold" not in dom
     assert dom.count("&lt;b&gt;bold&lt;/b&gt; \"'`${1}` שלום 🧮") == 6, "question, gold, uid, answer, manifest twice"
@@ -313,7 +306,7 @@ def test_questions_that_all_agree_still_make_a_page(tmp_path, stages):
     scores = pd.DataFrame([question(i, ["1"] * 4) for i in range(stages or 1)])
     curriculum = Curriculum(stages=stages or 1)
     page = report_page(scores, curriculum, cut(scores, curriculum) if stages else [], MANIFEST)
-    dom = opened(page, tmp_path)
+    dom = shown(page, tmp_path)
     assert tiles(dom)["agreed"] == "100 %"
     assert dom.count("<article>") == max(stages, 1)
     assert dom.count('class="boundary"') == (2 if stages == 3 else 0)

@@ -2,22 +2,16 @@
 
 import math
 import re
-import shutil
-import subprocess
 
 import pandas as pd
 import pytest
+from support import arguments, browser, opened
 
 from lightning_rlvr.training.callbacks.ledger import NUMBERS, ledger_page
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 
 
 @pytest.fixture(scope="session")
 def ledger(tmp_path_factory, cache):
-    from support import arguments
-
     from lightning_rlvr.cli import main
 
     run = tmp_path_factory.mktemp("ledger") / "run"
@@ -57,12 +51,7 @@ def hostile_page(path):
     path.write_text(ledger_page(pd.DataFrame(rows), {("q", 0): text}, 4))
 
 
-def opened(path, column, tmp_path):
-    command = [CHROMIUM, *QUIET, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{path}#{column}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium browser (Debian: apt-get install chromium)")
+@browser
 def test_the_page_colours_tokens_by_the_column_asked_for(ledger, tmp_path):
     page = ledger / "ledger" / "000002.html"
     by_class, by_entropy = (opened(page, column, tmp_path) for column in ("class", "entropy"))
@@ -72,7 +61,7 @@ def test_the_page_colours_tokens_by_the_column_asked_for(ledger, tmp_path):
     assert len(set(re.findall(r'background-color: ([^"]*);', by_class))) == 3
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium browser (Debian: apt-get install chromium)")
+@browser
 def test_what_the_model_wrote_is_never_read_as_markup(tmp_path):
     hostile_page(tmp_path / "page.html")
     dom = opened(tmp_path / "page.html", "logp", tmp_path)

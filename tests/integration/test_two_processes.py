@@ -1,12 +1,8 @@
 """`fit` on two processes trains what it trains on one."""
 
-import os
-import subprocess
-import sys
-
 import pandas as pd
 import torch
-from support import arguments
+from support import arguments, command_line
 
 SAME = [
     "train/loss",
@@ -31,9 +27,7 @@ def fit(run, cache, processes):
         "trainer__devices": processes,
         "trainer__strategy": "ddp" if processes > 1 else "auto",
     }
-    environment = {**os.environ, "LIGHTNING_RLVR_CACHE": str(cache), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    command = [sys.executable, "-m", "lightning_rlvr", *arguments("fit", run, **settings)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    done = command_line(cache, *arguments("fit", run, **settings))
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True), pd.read_csv(run / "metrics.csv")
 
