@@ -15,29 +15,18 @@ from typing import Any
 
 from antlr4 import PredictionMode
 from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
-from latex2sympy2_extended.logic import And
 from math_verify import parse, verify
-from sympy import Basic, Expr, Float, Integer, Interval, MatrixBase, Mul, Poly, Rational, Symbol, UnevaluatedExpr
-from sympy import FiniteSet as SympyFiniteSet
-from sympy import Union as SympyUnion
-from sympy.core.relational import Relational
+from sympy import Basic, Expr, Float, Integer, MatrixBase, Mul, Rational, UnevaluatedExpr
 
-from .normal import same_choice, same_plain, same_text, split_percent
-from .number import Number, plain_number, same_number
+from ._math_forms import EVALUATED, differ, expands_to_zero, same_line, same_set
+from .normal import named_base, other_base, same_choice, same_plain, same_text, same_words, split_percent
+from .number import DELIMITERS, Number, plain_number, same_number
 
 logging.disable(logging.CRITICAL)
 
-_DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 _DOLLAR = re.compile(r"(?<!\\)\$")
-_BASED = re.compile(r"\$?\s*-?[0-9A-Za-z.]+\s*_\s*(?:\{\s*(?:\\(?:text|mathrm)\s*\{\s*)?(\d+)[\s}]*\}|(\d+))\s*\$?")
-_PLAIN = {"no", "on"}  # no products of variables, though they are two small letters
-_INFINITE = {"inf", "infinity"}  # words that math-verify reads
-_WORDS = re.compile(r"(?:\\(?:text|mathrm|textbf|textit|mbox)\s*\{\s*([^{}]*)\}|([^{}\\]*))")
-_EVALUATED = 30  # digits to which values are compared with decimals and with each other
 _FLOAT = 15  # digits of a value made from decimals that hold for sure: 5.4 is 5.40000000000000036 there
 _LARGE, _SMALL = Integer(10) ** 99, Integer(10) ** -99  # beyond any plain number; exact digits would fill the memory
-_APART = Rational(1, 10**5)  # of the larger value: more than math-verify's rounding to 6 places explains
-_TURNED = {"==": "==", "<": ">", ">": "<", "<=": ">=", ">=": "<="}
 _WARM = (
     *(r"\frac{3}{7}x^2-5x+\sqrt[3]{11}", r"\left(3,-\frac{\pi}{2}\right)", r"[2,7)\cup(9,\infty)", r"\{1,-2,\pm 5\}"),
     *(r"x=\frac{-1+\sqrt{5}}{2}", r"1 \le x < 7", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"2+3i", r"\text{Monday}"),
@@ -49,12 +38,8 @@ _WARM = (
 
 def judge(item: dict[str, Any]) -> Any:
     """Do what the item asks: parse a gold answer, judge an answer, or compare two."""
-    if item["do"] == "gold" and any(same(item["gold"], item["gold"]) for same in (same_choice, _same_words)):
-        return True
     if item["do"] == "gold":
-        gold = _expressions(_read(item["gold"]))
-        _verified(gold, [Integer(0)])  # takes too long for 7^{60000000}: no response could be judged
-        return _verified(gold, gold)
+        return _readable(item["gold"])
     if item["do"] == "same":
         return _same(item["a"], item["b"])
     answer = _read(item["answer"]) if item["whole"] else _parse(item["answer"])
@@ -63,6 +48,15 @@ def judge(item: dict[str, Any]) -> Any:
     if not correct and not _expressions(answer):
         return {"status": "unparsable", "normal": None, "text": text}
     return {"status": "correct" if correct else "wrong", "normal": _normal(answer, text), "text": text}
+
+
+def _readable(text: str) -> bool:
+    """Say whether a gold answer can be read and equals itself."""
+    if same_choice(text, text) or same_words(text, text):
+        return True
+    gold = _expressions(_read(text))
+    _verified(gold, [Integer(0)])  # takes too long for 7^{60000000}: no response could be judged
+    return _verified(gold, gold)
 
 
 def warm() -> None:
@@ -110,7 +104,7 @@ def _parse(text: str) -> list[Any]:
 def _read(text: str) -> list[Any]:
     """Parse a text that is an answer as a whole: LaTeX unless it holds dollar signs of its own."""
     text = text.strip()
-    for left, right in _DELIMITERS:
+    for left, right in DELIMITERS:
         if text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right):
             text = text[len(left) : -len(right)].strip()
     return _parse(text if _DOLLAR.search(text) else f"${text}$")
@@ -145,7 +139,7 @@ def _symmetric(a: str, b: str) -> bool:
 
 def _answers(gold: str, text: str, answer: list[Any]) -> bool:
     """Say whether an answer, a text and what it was parsed into, answers the gold."""
-    for rule in (same_plain, same_choice, same_text, _same_words, _other_base):
+    for rule in (same_plain, same_choice, same_text, same_words, other_base):
         same = rule(gold, text)
         if same is not None:
             return same
@@ -176,7 +170,7 @@ def _value(parsed: list[Any]) -> Number | None:
     written = plain_number(_kept(parsed) or "")  # without its unit
     if written is not None:
         return written
-    value = parts[0].evalf(_FLOAT if parts[0].has(Float) else _EVALUATED)
+    value = parts[0].evalf(_FLOAT if parts[0].has(Float) else EVALUATED)
     if not (value.is_Float or value.is_Integer or value.is_Rational):
         return None
     size = abs(value)
@@ -193,16 +187,16 @@ def _verified(wanted: list[Any], answer: list[Any]) -> bool:
     """Ask math-verify, unless the values differ; two inequalities, or one and an interval, are compared as sets."""
     pairs = [(a, b) for a in _expressions(wanted) for b in _expressions(answer)]
     if len(pairs) == 1:
-        same = _tried(_same_line, *pairs[0])
+        same = _tried(same_line, *pairs[0])
         if same is not None:
             return same
-        if _tried(_differ, *pairs[0]):
+        if _tried(differ, *pairs[0]):
             return False
-        if _tried(_expands_to_zero, *pairs[0]):
+        if _tried(expands_to_zero, *pairs[0]):
             return True
     if verify(wanted, answer, timeout_seconds=None, allow_set_relation_comp=True):
         return True
-    return any(bool(_tried(_same_set, a, b)) for a, b in pairs)
+    return any(bool(_tried(same_set, a, b)) for a, b in pairs)
 
 
 def _tried(test: Callable[[Any, Any], bool | None], a: Any, b: Any) -> bool | None:
@@ -213,119 +207,6 @@ def _tried(test: Callable[[Any, Any], bool | None], a: Any, b: Any) -> bool | No
         return None
 
 
-def _differ(a: Any, b: Any) -> bool:
-    """Say whether two formulas have other values where their variables are numbers of our choice.
-
-    math-verify simplifies the difference instead, which takes long and ends the same way.
-    """
-    if not _is_formula(a) or not _is_formula(b):
-        return False
-    names = sorted({symbol.name for part in (a, b) for symbol in part.free_symbols})
-    points = {name: Rational(2 * i + 13, 11) for i, name in enumerate(names)}
-    first, second = (
-        part.subs({symbol: points[symbol.name] for symbol in part.free_symbols}).evalf(_EVALUATED) for part in (a, b)
-    )
-    if not all(value.is_number and value.is_finite and value.is_comparable for value in (first, second)):
-        return False
-    return bool(abs(first - second) > max(abs(first), abs(second)) * _APART)
-
-
-def _expands_to_zero(a: Any, b: Any) -> bool:
-    """Say whether two formulas are the same once multiplied out; simplification, which takes longer, may say so too."""
-    return _is_formula(a) and _is_formula(b) and (a - b).expand() == 0
-
-
-def _same_line(a: Any, b: Any) -> bool | None:
-    """Say whether two linear equations or inequalities with rational numbers are one; None if one is none.
-
-    math-verify solves them.
-    """
-    if not isinstance(a, Relational) or not isinstance(b, Relational):
-        return None
-    first, second = _line(a), _line(b)
-    return None if first is None or second is None else first == second
-
-
-def _line(relation: Relational) -> tuple[str, dict[Any, Any]] | None:
-    """Return the sign and the coefficients on the left of 0, that of the first variable made 1."""
-    if relation.rel_op not in _TURNED:
-        return None
-    names = sorted(relation.free_symbols, key=str)
-    poly = Poly(relation.lhs - relation.rhs, *names) if names else None
-    if poly is None or poly.total_degree() != 1 or not all(value.is_Rational for value in poly.coeffs()):
-        return None
-    terms = {tuple(zip(map(str, names), powers, strict=True)): value for powers, value in poly.terms()}
-    leading = next(poly.coeff_monomial(name) for name in names if poly.coeff_monomial(name) != 0)
-    sign = relation.rel_op if leading > 0 else _TURNED[relation.rel_op]
-    return sign, {term: value / leading for term, value in terms.items()}
-
-
-def _is_formula(part: Any) -> bool:
-    return isinstance(part, Expr) and not isinstance(part, MatrixBase | Symbol) and part.is_commutative is not False
-
-
-def _same_set(a: Any, b: Any) -> bool:
-    """Say whether two chains of inequalities in one variable, or several that `or` joins, have the same solutions.
-
-    One may be an interval or a union of them.
-    """
-    if not (_is_chain(a) or _is_chain(b)) or len(a.free_symbols | b.free_symbols) != 1:
-        return False
-    first, second = _solutions(a), _solutions(b)
-    return first is not None and second is not None and bool(first == second)
-
-
-def _is_chain(part: Any) -> bool:
-    if isinstance(part, SympyFiniteSet):
-        return len(part.args) > 0 and all(map(_is_chain, part.args))
-    return isinstance(part, And) or (isinstance(part, Relational) and part.rel_op in ("<", "<=", ">", ">="))
-
-
-def _solutions(part: Any) -> Any:
-    """Return the set of the reals that a part describes, None if it describes none."""
-    if not _is_chain(part):
-        return part if isinstance(part, Interval | SympyUnion) else None
-    return SympyUnion(*map(_solutions, part.args)) if isinstance(part, SympyFiniteSet) else part.as_set()
-
-
-# --- words and bases -------------------------------------------------------------------------------
-
-
-def _other_base(a: str, b: str) -> bool | None:
-    """Return False if two numerals such as 4210_5 and 4210_6 name different bases, which math-verify leaves out."""
-    bases = {base for base in (_base(a), _base(b)) if base}
-    return False if len(bases) > 1 else None
-
-
-def _base(text: str) -> str | None:
-    match = _BASED.fullmatch(text.strip())
-    return (match.group(1) or match.group(2)) if match else None
-
-
-def _same_words(a: str, b: str) -> bool | None:
-    r"""Say whether two words, in \text{...} or bare, are the same whatever their case; None if one is no word.
-
-    math-verify would read bare ones as products: live = evil. Of two small letters that is meant: xy = yx.
-    """
-    first, second = _words(a), _words(b)
-    if first is None or second is None:
-        return None
-    if first.casefold() == second.casefold():
-        return True
-    if {"and", "or"} & {*first.split(), *second.split()}:
-        return None  # a list, in any order
-    products = all(len(words) == 2 and words.islower() and words not in _PLAIN for words in (first, second))
-    return None if products or {first.casefold(), second.casefold()} <= _INFINITE else False
-
-
-def _words(text: str) -> str | None:
-    match = _WORDS.fullmatch(text.strip().strip("$").strip())
-    words = " ".join((match.group(1) or match.group(2) or "").split()) if match else ""
-    letters = words.replace(" ", "")
-    spaced = " " in words and len(letters) == len(words.split())  # x y z: variables
-    return words if len(letters) > 1 and letters.isalpha() and not spaced else None
-
-
 # --- the normal form -------------------------------------------------------------------------------
 
 
@@ -333,7 +214,7 @@ def _normal(parsed: list[Any], text: str) -> str:
     """Return a text that reads back as the same answer: p/q for rationals, else the LaTeX math-verify kept."""
     value = next(iter(_expressions(parsed)), None)
     kept = _kept(parsed)
-    if kept is not None and _base(kept):
+    if kept is not None and named_base(kept):
         return kept
     if isinstance(value, Rational) and value.q != 0:
         return f"{value.p}/{value.q}" if value.q != 1 else f"{value.p}"

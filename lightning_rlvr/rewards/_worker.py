@@ -28,7 +28,12 @@ Judge = Callable[[Any], Any]
 
 def pack(message: Any) -> bytes:
     """Return the message as bytes: its length (4 bytes, big-endian), then JSON in ASCII."""
-    data = json.dumps(message).encode("ascii")
+    return framed(json.dumps(message))
+
+
+def framed(text: str) -> bytes:
+    """Return a message that is JSON already as bytes."""
+    data = text.encode("ascii")
     return struct.pack(">I", len(data)) + data
 
 

@@ -72,12 +72,13 @@ class MathAnswer(Reward):
         """Return the places of the prompts with a gold answer that cannot be read or does not equal itself."""
         golds = [_golds(prompt) for prompt in prompts]
         every = dict.fromkeys(gold for several in golds for gold in several)
-        hard = [gold for gold in every if plain_number(gold) is None and self._readable.get(gold) is None]
+        readable = {gold: plain_number(gold) is not None or self._readable.get(gold) for gold in every}
+        hard = [gold for gold, known in readable.items() if known is None]
         outcomes = self._pool.map([{"do": "gold", "gold": gold[:MAX_ANSWER]} for gold in hard])
         for gold, outcome in zip(hard, outcomes, strict=True):
-            self._readable.put(gold, bool(outcome.value) and len(gold) <= MAX_ANSWER)
-        bad = {gold for gold in every if plain_number(gold) is None and not self._readable.get(gold)}
-        return [i for i, several in enumerate(golds) if not bad.isdisjoint(several)]
+            readable[gold] = known = bool(outcome.value) and len(gold) <= MAX_ANSWER
+            self._readable.put(gold, known)
+        return [i for i, several in enumerate(golds) if not all(readable[gold] for gold in several)]
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise UserError with the uid and value of the first gold answer that math-verify cannot read."""

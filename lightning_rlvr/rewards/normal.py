@@ -39,7 +39,6 @@ _PLUS_MINUS = re.compile(r"\s*\\pm(?![A-Za-z])\s*")
 _SEVERAL = re.compile(r",|;|\\\{|\\mp\b|\\text|\b(?:or|and)\b")
 _GROUPS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", re.ASCII)
 _SEPARATOR = re.compile(r"\s*(?:,|;|,?\s*(?:\\text ?\{ ?)?(?:and|or)(?: ?\})?)?\s*")
-_PERCENT = re.compile(r"\s*\\?%\s*")
 _BRACKETS = re.compile(r"[(\[]|\\\{")
 
 
@@ -85,7 +84,7 @@ def split_percent(text: str) -> tuple[str, bool]:
     >>> split_percent(r"50 \%"), split_percent("5")
     (('50', True), ('5', False))
     """
-    bare = text.strip().strip("$").strip()
+    bare = _bare(text)
     body = bare[:-1].rstrip().removesuffix("\\").rstrip()
     return (body, True) if bare.endswith("%") and "%" not in body and body else (text, False)
 
@@ -134,7 +133,55 @@ def same_text(gold: str, answer: str) -> bool | None:
 
 
 def _unwrapped(text: str) -> str:
-    return _WRAPPED.sub(r"\1", text).strip().strip("$").strip()
+    return _bare(_WRAPPED.sub(r"\1", text))
+
+
+def _bare(text: str) -> str:
+    return text.strip().strip("$").strip()
+
+
+# --- words and bases -------------------------------------------------------------------------------
+
+_BASED = re.compile(r"\$?\s*-?[0-9A-Za-z.]+\s*_\s*(?:\{\s*(?:\\(?:text|mathrm)\s*\{\s*)?(\d+)[\s}]*\}|(\d+))\s*\$?")
+_PLAIN = {"no", "on"}  # no products of variables, though they are two small letters
+_INFINITE = {"inf", "infinity"}  # words that math-verify reads
+_WORDS = re.compile(r"(?:\\(?:text|mathrm|textbf|textit|mbox)\s*\{\s*([^{}]*)\}|([^{}\\]*))")
+
+
+def other_base(a: str, b: str) -> bool | None:
+    """Return False if two numerals such as 4210_5 and 4210_6 name different bases, which math-verify leaves out."""
+    bases = {base for base in (named_base(a), named_base(b)) if base}
+    return False if len(bases) > 1 else None
+
+
+def named_base(text: str) -> str | None:
+    """Return the base that a numeral such as 4210_5 names, None if it names none."""
+    match = _BASED.fullmatch(text.strip())
+    return (match.group(1) or match.group(2)) if match else None
+
+
+def same_words(a: str, b: str) -> bool | None:
+    r"""Say whether two words, in \text{...} or bare, are the same whatever their case; None if one is no word.
+
+    math-verify would read bare ones as products: live = evil. Of two small letters that is meant: xy = yx.
+    """
+    first, second = _words(a), _words(b)
+    if first is None or second is None:
+        return None
+    if first.casefold() == second.casefold():
+        return True
+    if {"and", "or"} & {*first.split(), *second.split()}:
+        return None  # a list, in any order
+    products = all(len(words) == 2 and words.islower() and words not in _PLAIN for words in (first, second))
+    return None if products or {first.casefold(), second.casefold()} <= _INFINITE else False
+
+
+def _words(text: str) -> str | None:
+    match = _WORDS.fullmatch(_bare(text))
+    words = " ".join((match.group(1) or match.group(2) or "").split()) if match else ""
+    letters = words.replace(" ", "")
+    spaced = " " in words and len(letters) == len(words.split())  # x y z: variables
+    return words if len(letters) > 1 and letters.isalpha() and not spaced else None
 
 
 # --- echoes ----------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ _FRAC = re.compile(r"(-?)\\[dt]?frac\{(\d+)\}\{(\d+)\}", re.ASCII)
 _SCIENTIFIC = re.compile(
     r"(-?)(\d{1,8})(?:\.(\d{1,16}))?(?:[eE]([+-]?\d{1,2})|\s?\\(?:times|cdot)\s?10\^(?:\{(-?\d{1,2})\}|(\d)))", re.ASCII
 )
-_DOLLARS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 _CURRENCIES = (r"\$", "$", "€", "£", "¥")
 
 
@@ -96,7 +96,7 @@ def _scientific(text: str) -> Number | None:
 def _bare(text: str) -> str:
     """Strip white space, one pair of math delimiters and a currency sign."""
     text = text.strip()
-    for left, right in _DOLLARS:
+    for left, right in DELIMITERS:
         if text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right):
             text = text[len(left) : -len(right)].strip()
             break

@@ -12,7 +12,6 @@ import math
 import os
 import select
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -71,12 +70,11 @@ class _Worker:
     def hand(self, indices: Sequence[int], items: Sequence[str], limit_s: float, slice_s: float) -> None:
         """Send a chunk of items (JSON texts). That a worker died before is noticed when its output ends."""
         self.pending.extend(indices)
-        data = f'{{"limit_s": {limit_s}, "slice_s": {slice_s}, "items": [{",".join(items)}]}}'.encode("ascii")
         self.limit_s = limit_s
         if self.ready:
             self.wait()
         self.taken = False
-        self._send(struct.pack(">I", len(data)) + data)
+        self._send(_worker.framed(f'{{"limit_s": {limit_s}, "slice_s": {slice_s}, "items": [{",".join(items)}]}}'))
 
     def wait(self) -> None:
         """Give it from now on its limit for the next sign of life."""
@@ -84,8 +82,7 @@ class _Worker:
 
     def read(self) -> list[Any] | None:
         """Return the messages that have come, None at the end of the worker's output."""
-        assert self.process.stdout is not None
-        data = os.read(self.process.stdout.fileno(), 1 << 16)
+        data = os.read(self.fileno(), 1 << 16)
         if not data:
             return None
         self._buffer += data

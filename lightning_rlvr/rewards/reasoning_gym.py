@@ -94,7 +94,7 @@ class ReasoningGymScore(Reward):
         if _name(prompt) in EXECUTING:
             return None
         try:
-            score = _same_text(answer, entry) if _name(prompt) in TEXTUAL else scorer(answer, entry)
+            score = _same_text(answer, entry) if _name(prompt) in TEXTUAL else scorer(answer, copy.deepcopy(entry))
         except Exception:  # noqa: BLE001 - untrusted text met a scorer that did not expect it: the verdict says so
             return Verdict(0.0, Status.ERROR, answer)
         return _verdict(score, answer)
@@ -186,11 +186,11 @@ def _config(prompt: Prompt) -> dict[str, Any]:
 
 
 def _entry(prompt: Prompt) -> dict[str, Any]:
-    """Return a copy of the question's entry: some scorers change what they are given."""
+    """Return the question's entry. Some scorers change what they are given: let them have a copy."""
     entry = prompt.metadata.get("entry")
     if not isinstance(entry, Mapping) or not {"question", "answer", "metadata"} <= entry.keys():
         raise UserError(
             f"metadata['entry'] must hold question, answer and metadata, got {type(entry).__name__} for "
             f"question {prompt.uid!r}: the scorer needs them. Use the task lightning_rlvr.tasks.ReasoningGym."
         )
-    return copy.deepcopy(dict(entry))
+    return dict(entry)

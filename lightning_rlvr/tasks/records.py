@@ -83,7 +83,8 @@ class Records(Task):
         or if a row has no question, no answer, an answer unlike `answer_pattern`, or the uid of another.
         """
         records = self.read()
-        prompts = [self._prompt(row, records[row]) for row in self._range(len(records))]
+        template = Template.parse(self.prompt_template)
+        prompts = [self._prompt(row, records[row], template) for row in self._range(len(records))]
         self._check_uids(prompts)
         return drop_repeats(prompts) if self.unique else prompts
 
@@ -101,12 +102,11 @@ class Records(Task):
             )
         return range(start, count if stop is None else stop)
 
-    def _prompt(self, row: int, record: Record) -> Prompt:
+    def _prompt(self, row: int, record: Record, template: Template) -> Prompt:
         where, stem = self.source()
         at = f"row {row} of {where}"
         question = _text(record, self.question_column, "question_column", at)
         values = {name: _lines(value) for name, value in {**record, "question": question}.items()}
-        template = Template.parse(self.prompt_template)
         for name in template.names:
             value = values.get(name, "")
             if value is None or (isinstance(value, float) and math.isnan(value)):

@@ -86,7 +86,7 @@ def test_lines_and_inequalities_are_told_apart_without_solving():
     ]
     for a, b, same in rows:
         first, second = judge._read(a)[0], judge._read(b)[0]
-        assert judge._tried(judge._same_line, first, second) is same, (a, b)
+        assert judge._tried(judge.same_line, first, second) is same, (a, b)
 
 
 def test_every_gold_of_the_table_can_be_read(reward):

@@ -61,15 +61,8 @@ def isolated(bwrap: str, readable: Sequence[str], filters: Sequence[int]) -> lis
     words = [bwrap, "--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-net"]
     words += ["--unshare-cgroup-try", "--uid", NOBODY, "--gid", NOBODY, "--hostname", "sandbox"]
     words += ["--die-with-parent", "--cap-drop", "ALL", "--clearenv"]
-    words += [
-        "--size",
-        str(DISK_BYTES),
-        "--perms",
-        "0700",
-        "--tmpfs",
-        "/tmp",
-        *_python_files(),
-    ]  # Python may be in /tmp
+    words += ["--size", str(DISK_BYTES), "--perms", "0700", "--tmpfs", "/tmp"]
+    words += _python_files()  # after /tmp: Python may be in it
     for key, value in ENVIRONMENT.items():
         words += ["--setenv", key, value]
     for folder in readable:

@@ -113,7 +113,6 @@ class Process:
     def __init__(self, program: Program, limits: Limits, bwrap: str | None) -> None:
         """Start it. `bwrap` is bubblewrap's path; None starts it without namespaces."""
         self.limits = limits
-        self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             self._start(program, bwrap, stack)
             self._stack = stack.pop_all()
@@ -138,10 +137,11 @@ class Process:
             filters = [own(_sealed(seccomp))] if seccomp else []
             words = command.isolated(bwrap, program.readable, filters)
             descriptors += filters
-            folder = "/"
+            folder, environment = "/", {}
         else:
             words = []
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True))
+            environment = {**command.ENVIRONMENT, "TMPDIR": folder}
         stdin = own(_sealed(program.stdin)) if isinstance(program.stdin, bytes) else program.stdin
         status, status_end = os.pipe()
         self.status = own(status)
@@ -152,7 +152,7 @@ class Process:
                 stdout=program.stdout,
                 stderr=subprocess.DEVNULL,
                 bufsize=0,
-                env={**command.ENVIRONMENT, "TMPDIR": folder} if not bwrap else {},
+                env=environment,
                 cwd=folder,
                 pass_fds=[*descriptors, status_end],
                 start_new_session=True,  # no terminal; and a process group to kill

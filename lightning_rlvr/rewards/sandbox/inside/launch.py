@@ -1,6 +1,6 @@
 """The first code of ours in a sandbox process: sets its limits, says that it is ready, hands over.
 
-Runs as the body of `python -c` with `setup` (see run.py) and `status`, a descriptor: "r" on it says that what
+Runs as the body of `python -c` with `setup` (see process.py) and `status`, a descriptor: "r" on it says that what
 follows is the program's doing, "s" that the candidate's code does not compile. It is closed before that code runs.
 """
 
