@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lightning_rlvr.models.muon import Muon
 from lightning_rlvr.types import UserError
 
 if TYPE_CHECKING:
@@ -41,11 +42,10 @@ def warm_start(
     """Minimise the cross entropy of solution tokens and EOS; return the loss of each step, in nats a token.
 
     Muon turns the matrices between embedding and logits, which for such a model takes half the examples that
-    AdamW takes; AdamW does the rest. Both at the same rate, as Muon's updates are scaled to the size of AdamW's.
+    AdamW takes; AdamW does the rest, at the same rate.
     The model is changed in place and left in training mode.
 
     Raises: UserError if `examples` ends before the steps are done.
-    Source: Jordan et al. (2024), kellerjordan.github.io/posts/muon; the scale: arXiv 2502.16982.
     """
     from tqdm import tqdm
 
@@ -95,7 +95,7 @@ def _optimizers(model: PreTrainedModel, lr: float) -> list[torch.optim.Optimizer
     hidden = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
     others = [p for p in model.parameters() if p.ndim != 2 or p is embedding]
     return [
-        torch.optim.Muon(hidden, lr=lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        Muon(hidden, lr=lr, weight_decay=WEIGHT_DECAY),
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY),
     ]
 
