@@ -1,5 +1,6 @@
 """Verifiers: what a response is worth. Importing this loads neither math-verify nor reasoning_gym."""
 
+from lightning_rlvr.rewards.chain import ChainAnswer
 from lightning_rlvr.rewards.code_tests import CodeTests
 from lightning_rlvr.rewards.exact import ExactMatch
 from lightning_rlvr.rewards.format import FormatMatch
@@ -9,6 +10,7 @@ from lightning_rlvr.rewards.reasoning_gym import ReasoningGymScore
 from lightning_rlvr.rewards.weighted import Part, WeightedSum
 
 __all__ = [
+    "ChainAnswer",
     "CodeTests",
     "ExactMatch",
     "FormatMatch",

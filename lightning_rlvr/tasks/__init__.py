@@ -3,7 +3,8 @@
 from lightning_rlvr.tasks.files import Files
 from lightning_rlvr.tasks.hub import HubDataset
 from lightning_rlvr.tasks.human_eval import HumanEval
+from lightning_rlvr.tasks.puzzles import Countdown, MakeNumber
 from lightning_rlvr.tasks.reasoning_gym import ReasoningGym
 from lightning_rlvr.tasks.worked import WorkedChainSum
 
-__all__ = ["Files", "HubDataset", "HumanEval", "ReasoningGym", "WorkedChainSum"]
+__all__ = ["Countdown", "Files", "HubDataset", "HumanEval", "MakeNumber", "ReasoningGym", "WorkedChainSum"]
