@@ -167,6 +167,15 @@ class MakeNumber(Puzzles):
 
     prompt_template: str = "{start}>{target}/{steps}:"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, value, least, of in (("terms", self.terms, 3, "3"), ("largest", self.largest, self.terms, "terms")):
+            if value < least:
+                raise UserError(
+                    f"{key} must be at least {of}, got {value}: a solution takes 3 to {self.terms} different numbers "
+                    f"from 1 to {self.largest}. Set {key} of the task's init_args."
+                )
+
     def _numbers(self, rng: random.Random) -> Sequence[int]:
         return rng.sample(range(1, self.largest + 1), rng.randint(3, self.terms))
 
