@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test lint figures clean
 
 install: $(VENV)/.installed
 
@@ -16,6 +16,11 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 
 quickstart: install
 	$(BIN)/python -m lightning_rlvr fit --config configs/quickstart.yaml --run_dir $(RUN)
+
+# Tables and figures of every study that is kept with its curves.
+figures: install
+	set -e; for study in $(dir $(wildcard experiments/results/*/training.parquet)); do \
+		$(BIN)/python -m lightning_rlvr report $$study; done
 
 lint: install
 	$(BIN)/ruff check .
