@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 
-.PHONY: install quickstart test lint paper-table clean
+.PHONY: install quickstart test lint paper-table figures clean
 
 install: $(VENV)/.installed
 
@@ -16,6 +16,11 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 
 quickstart: install
 	$(BIN)/python -m lightning_rlvr fit --config configs/quickstart.yaml --run_dir $(RUN)
+
+# Tables and figures of every study that is kept with its curves.
+figures: install
+	set -e; for study in $(dir $(wildcard experiments/results/*/training.parquet)); do \
+		$(BIN)/python -m lightning_rlvr report $$study; done
 
 lint: install
 	$(BIN)/ruff check .
@@ -29,10 +34,9 @@ test: lint
 
 # The paper's table in small, on two puzzles: about an hour on two cores. Started again, it goes on where it stopped.
 paper-table: install
-	for name in paper_table paper_table_make_number; do \
-		$(BIN)/python -m lightning_rlvr sweep experiments/$$name.yaml && \
-		$(BIN)/python -m lightning_rlvr report runs/$$name || exit 1; \
-	done
+	set -e; for name in paper_table paper_table_make_number; do \
+		$(BIN)/python -m lightning_rlvr sweep experiments/$$name.yaml; \
+		$(BIN)/python -m lightning_rlvr report runs/$$name; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info

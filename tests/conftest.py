@@ -1,6 +1,7 @@
 """Fixtures of several rooms."""
 
 import pytest
+from studies import write_study
 from support import Counting, ManyVowels, TinyPolicy
 
 from lightning_rlvr.models import PolicySource
@@ -20,3 +21,10 @@ def counting() -> type[Counting]:
 @pytest.fixture
 def many_vowels() -> Reward:
     return ManyVowels()
+
+
+@pytest.fixture
+def study(tmp_path):
+    """The folder of a small sweep whose numbers are known."""
+    write_study(tmp_path / "study")
+    return tmp_path / "study"

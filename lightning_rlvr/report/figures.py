@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from lightning_rlvr.analysis import bands, entropy_law, held_out_metrics, interval, variants_of
+from lightning_rlvr.analysis import (
+    bands,
+    entropy_changes,
+    entropy_law,
+    fit_changes,
+    held_out_metrics,
+    interval,
+    variants_of,
+)
+from lightning_rlvr.analysis.drawing import STYLE, colours, figure_of, limits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = (
-    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d"),
-    *("#8c564b", "#11a579", "#e73f74", "#80ba5a", "#f2b701", "#3969ac", "#a5aa99"),
-)
-BASELINE, GRID = "#222222", "#e4e4e4"
 BAND = 0.4
-PANEL = (3.6, 2.7)  # inches
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "svg.hashsalt": "lightning_rlvr",  # the same figure is the same file
-}
 SPIKES = 0.98  # a k3 estimate has single values far above all others, beyond this quantile
 BATCHES = "rollout batches"
 TRAINING = {
@@ -51,17 +40,10 @@ CLASSES = {
 TARGETS = {"old": "KL to the policy that sampled", "all": "KL of all tokens"}
 
 
-def colours(variants: Sequence[str], baseline: str | None) -> dict[str, str]:
-    """Return a colour for each variant, near black for the baseline."""
-    others = [variant for variant in variants if variant != baseline]
-    chosen = {variant: COLOURS[i % len(COLOURS)] for i, variant in enumerate(others)}
-    return {variant: chosen.get(variant, BASELINE) for variant in variants}
-
-
 def figures(
     runs: pd.DataFrame, training: pd.DataFrame, held_out: pd.DataFrame, baseline: str | None
 ) -> dict[str, Figure]:
-    """Return the figures by name: training, classes (if the objective has any), law, ends."""
+    """Return the figures by name: training, law, ends; classes and change where the runs have what they show."""
     from matplotlib import rc_context
 
     colour = colours(variants_of(runs), baseline)
@@ -72,8 +54,8 @@ def figures(
             "law": _law(training, colour),
             "ends": _ends(runs, accuracy, colour),
         }
-        classes = _classes(training, colour)
-        return {**out, "classes": classes} if classes is not None else out
+        more = {"classes": _classes(training, colour), "change": _change(training, colour)}
+        return out | {name: figure for name, figure in more.items() if figure is not None}
 
 
 def _training(training: pd.DataFrame, held_out: pd.DataFrame, accuracy: str, colour: Mapping[str, str]) -> Figure:
@@ -84,7 +66,7 @@ def _training(training: pd.DataFrame, held_out: pd.DataFrame, accuracy: str, col
     ]
     column, title = f"val/{accuracy}", f"held-out {accuracy}"
     drawn = partial(_curves, curves=held_out, column=column, smooth=1, colour=colour, title=title, marker="o")
-    return _figure([*panels, partial(drawn, unit="share correct")], 2, colour)
+    return figure_of([*panels, partial(drawn, unit="share correct")], 2, colour)
 
 
 def _classes(training: pd.DataFrame, colour: Mapping[str, str]) -> Figure | None:
@@ -102,12 +84,12 @@ def _classes(training: pd.DataFrame, colour: Mapping[str, str]) -> Figure | None
             curves = partial(_curves, curves=mine, column=column, smooth=smooth, colour=colour, title=text)
             panels.append(partial(curves, unit=unit, bottom=0.0, most=SPIKES if kind == "kl" else 1.0))
     shown = {variant: shade for variant, shade in colour.items() if variant in drawn}
-    return _figure(panels, 3, shown) if panels else None
+    return figure_of(panels, 3, shown) if panels else None
 
 
 def _law(training: pd.DataFrame, colour: Mapping[str, str]) -> Figure:
     """Draw accuracy against entropy at every rollout batch, a panel for each variant, with the fit of the law."""
-    limits = [_limits(training[name]) for name in ("train/entropy", "train/accuracy")]
+    ends = [limits(training[name]) for name in ("train/entropy", "train/accuracy")]
 
     def panel(axes: Axes, variant: str) -> None:
         mine = training[training["variant"] == variant]
@@ -120,13 +102,43 @@ def _law(training: pd.DataFrame, colour: Mapping[str, str]) -> Figure:
             axes.plot(x, -law.a * np.exp(x) + law.b, color=colour[variant], linewidth=2)
             fit = f"a = {law.a:.2f}, b = {law.b:.2f}, R² = {law.r2:.2f}"
             axes.text(0, 1.02, fit, transform=axes.transAxes, va="bottom", fontsize=8, color="#555555")
-        axes.set_xlim(*limits[0])
-        axes.set_ylim(*limits[1])
+        axes.set_xlim(*ends[0])
+        axes.set_ylim(*ends[1])
         axes.set_xlabel("token entropy H (nats a token)")
         axes.set_ylabel("accuracy R in training")
 
     panels = [partial(panel, variant=variant) for variant in colour]
-    return _figure(panels, min(4, math.ceil(math.sqrt(len(panels)))), None)
+    return figure_of(panels, min(4, math.ceil(math.sqrt(len(panels)))), None)
+
+
+def _change(training: pd.DataFrame, colour: Mapping[str, str]) -> Figure | None:
+    """Draw measured against predicted change of entropy, a panel for each variant, with one scale for all."""
+    if not {"train/covariance", "train/lr"} <= set(training):
+        return None
+    changes = entropy_changes(training, smoothing(training))
+    scale = fit_changes(changes).slope
+    if math.isnan(scale):
+        return None
+    changes["predicted"] *= scale
+    ends = limits(pd.concat([changes["predicted"], changes["measured"]]))
+
+    def panel(axes: Axes, variant: str) -> None:
+        mine = changes[changes["variant"] == variant]
+        fit = fit_changes(mine)
+        axes.plot(ends, ends, color="#aaaaaa", linewidth=1, linestyle="--")
+        axes.scatter(mine["predicted"], mine["measured"], s=9, alpha=0.5, color=colour[variant], linewidths=0)
+        axes.set_title(variant, pad=17)
+        if not math.isnan(fit.slope):
+            axes.plot(ends, [fit.slope * end for end in ends], color=colour[variant], linewidth=2)
+            note = f"slope {fit.slope:.2f}, r = {fit.r:.2f}"
+            axes.text(0, 1.02, note, transform=axes.transAxes, va="bottom", fontsize=8, color="#555555")
+        axes.set_xlim(*ends)
+        axes.set_ylim(*ends)
+        axes.set_xlabel("predicted change of entropy (nats)")
+        axes.set_ylabel("measured change (nats)")
+
+    panels = [partial(panel, variant=variant) for variant in colour]
+    return figure_of(panels, min(4, math.ceil(math.sqrt(len(panels)))), None)
 
 
 def _ends(runs: pd.DataFrame, accuracy: str, colour: Mapping[str, str]) -> Figure:
@@ -146,7 +158,7 @@ def _ends(runs: pd.DataFrame, accuracy: str, colour: Mapping[str, str]) -> Figur
         axes.set_ylabel(f"{accuracy} (share correct)")
         axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))  # an interval may reach below 0, entropy does not
 
-    return _figure([panel], 1, colour, scale=1.5)
+    return figure_of([panel], 1, colour, scale=1.5)
 
 
 def _curves(
@@ -178,30 +190,6 @@ def _curves(
     axes.set_ylim(low - room if bottom is None else bottom, high + room)
 
 
-def _figure(
-    panels: Sequence[Callable[[Axes], None]], columns: int, colour: Mapping[str, str] | None, scale: float = 1.0
-) -> Figure:
-    """Lay panels out in a grid, with the legend of the variants, if any, to their right."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    columns = min(columns, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    size = (scale * PANEL[0] * columns + (1.6 if colour else 0.0), scale * PANEL[1] * rows)
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid: Any = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, panel in zip(grid, panels, strict=False):
-        panel(axes)
-    for axes in grid[len(panels) :]:
-        axes.remove()
-    if colour:
-        handles = [Line2D([], [], color=shade, linewidth=2.5, label=variant) for variant, shade in colour.items()]
-        figure.legend(handles=handles, loc="outside right upper")
-    return figure
-
-
 def smoothing(training: pd.DataFrame) -> int:
     """Return over how many batches curves are averaged: a twentieth of the run, and an odd number.
 
@@ -209,13 +197,6 @@ def smoothing(training: pd.DataFrame) -> int:
     3
     """
     return max(1, int(training["batch"].max()) // 20) // 2 * 2 + 1
-
-
-def _limits(values: pd.Series) -> tuple[float, float]:
-    """Return the limits of an axis that all panels share, without the outermost of the dots."""
-    low, high = values.quantile([0.001, 0.999])
-    room = 0.05 * (high - low) or 0.05
-    return low - room, high + room
 
 
 def _bar(half: float) -> float | None:

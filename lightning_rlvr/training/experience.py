@@ -9,7 +9,19 @@ import torch
 from lightning import Callback
 from torch import Tensor
 
-from lightning_rlvr.types import Prompt, Ratio, Response, Rollouts, Status, TokenPlan, TokenStats, Verdict
+from lightning_rlvr.training.distributed import reduce_ratios, world_size
+from lightning_rlvr.types import (
+    Objective,
+    Prompt,
+    Ratio,
+    Response,
+    Rollouts,
+    Status,
+    TokenBatch,
+    TokenPlan,
+    TokenStats,
+    Verdict,
+)
 
 if TYPE_CHECKING:
     from lightning_rlvr.training.module import RLVRModule
@@ -111,3 +123,33 @@ def describe(experience: Experience, stats: TokenStats, plan: TokenPlan, group_s
     metrics |= {f"reward/{part}": of_rows([v.parts[part] for v in verdicts]) for part in verdicts[0].parts}
     metrics |= {f"share/{name}": of_tokens(chosen) for name, chosen in plan.classes.items()}
     return metrics
+
+
+def pull_covariance(objective: Objective, record: StepRecord) -> Ratio:
+    """Return Cov(log pi, a) over the counted tokens of the rollout batch of all ranks, which all must take part in.
+
+    a is the pull of the loss on a token: its advantage as the objective shaped it, less the gradients of its KL and
+    drift, all on policy, times the number of tokens. Where a policy is a table, a natural gradient step of size eta
+    changes its mean token entropy by about -eta times this (nats; a plain one has pi * a in the place of a). Over
+    several updates on one batch it is summed. An entropy bonus and the exact KL, which do not pull through the sampled
+    tokens, are not in it.
+
+    Source: covariance theory of entropy, arXiv 2505.22617; with the KL, arXiv 2512.04359.
+    """
+    stats = record.stats
+    kept = stats.logp.double().masked_fill(~stats.mask, 0.0)
+    mean = reduce_ratios({"logp": Ratio(kept.sum(), stats.mask.sum())})["logp"]
+    # The weights of the loss hold its denominators, so this sum is the mean; ranks' sums add up.
+    total = ((kept - mean) * _pull(objective, record)).masked_fill(~stats.mask, 0.0).sum()
+    return Ratio(total * world_size(), torch.ones(()))
+
+
+def _pull(objective: Objective, record: StepRecord) -> Tensor:
+    """Return how fast the loss falls as each token's log-probability rises, where the policy is the old one [N, T]."""
+    stats = record.stats
+    with torch.enable_grad():
+        logp = stats.logp.detach().clone().requires_grad_()
+        full_kl = torch.zeros_like(stats.logp)
+        tokens = TokenBatch(logp, stats.logp, stats.mask, record.ref_logp, stats.entropy, full_kl)
+        (gradient,) = torch.autograd.grad(objective.loss(tokens, record.plan).loss, logp)
+    return -gradient.double()

@@ -23,7 +23,14 @@ from lightning_rlvr.training.checkpoint import COUNTS, check_checkpoint
 from lightning_rlvr.training.clock import Clock
 from lightning_rlvr.training.distributed import all_ranks, gather_stats, reduce_ratios, world_size
 from lightning_rlvr.training.dynamic_sampling import GroupBuffer
-from lightning_rlvr.training.experience import Experience, PromptBatch, StepObserver, StepRecord, describe
+from lightning_rlvr.training.experience import (
+    Experience,
+    PromptBatch,
+    StepObserver,
+    StepRecord,
+    describe,
+    pull_covariance,
+)
 from lightning_rlvr.training.update import update_policy
 from lightning_rlvr.types import (
     Engine,
@@ -239,6 +246,7 @@ class RLVRModule(LightningModule):
                 for observer in observers:
                     observer.on_updated(self, record, clipped)
                 metrics |= describe(experience, stats, plan, batch.samples)
+                metrics["covariance"] = pull_covariance(self.objective, record)
                 if self.groups is not None:
                     metrics["rollout_batches"] = Ratio(torch.tensor(self.groups.used), torch.tensor(1))
                 reduced = reduce_ratios(metrics)

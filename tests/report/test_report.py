@@ -1,14 +1,18 @@
 """Tables and figures of a sweep."""
 
+import json
 import re
+import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from lightning_rlvr.analysis import paired, read_held_out, read_runs, read_training, summarise
+from lightning_rlvr.analysis.drawing import BASELINE, colours
 from lightning_rlvr.cli import main
 from lightning_rlvr.report.command import report
-from lightning_rlvr.report.figures import BASELINE, colours, figures
+from lightning_rlvr.report.figures import figures
 from lightning_rlvr.report.tables import held_out_table, paired_table
 from lightning_rlvr.types import UserError
 
@@ -40,10 +44,11 @@ def test_differences_that_leave_out_zero_have_a_star(study):
 
 
 def test_the_report_has_all_its_parts(written, study):
-    kinds = ("training", "classes", "law", "ends")
+    kinds = ("training", "classes", "law", "change", "ends")
     files = {f"{name}.{kind}" for name in kinds for kind in ("png", "svg")}
     assert {path.name for path in written.iterdir()} == files | {
-        *("report.md", "report.html", "runs.csv", "held_out.csv", "paired.csv")
+        *("report.md", "report.html", "held_out.csv", "paired.csv"),
+        *("sweep.json", "runs.csv", "training.parquet", "validations.parquet"),
     }
     text = (written / "report.md").read_text()
     assert "8 finished runs of 3 variants, 2 to 3 seeds each. Threads a run: 1; lightning_rlvr 0.1.0" in text
@@ -53,7 +58,7 @@ def test_the_report_has_all_its_parts(written, study):
 
 def test_the_page_needs_no_other_file(written):
     page = (written / "report.html").read_text()
-    assert page.count('src="data:image/svg+xml;base64,') == 4
+    assert page.count('src="data:image/svg+xml;base64,') == 5
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)
     assert "<td><b>0.800</b> ± 0.025</td>" in page
@@ -64,6 +69,41 @@ def test_the_same_runs_give_the_same_files(written, study, tmp_path):
     again = report(study, output=tmp_path / "again")
     for path in written.iterdir():
         assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_report_is_made_anew_from_itself(study, tmp_path):
+    kept = tmp_path / "kept" / "study"
+    kept.mkdir(parents=True)
+    (kept / "notes.md").write_text("Made on a Monday, **by hand**.\n")
+    report(study, "mask", kept)
+    before = {path.name: path.read_bytes() for path in kept.iterdir()}
+    for name in before:
+        if name.endswith((".png", ".svg", "report.md", ".html", "held_out.csv", "paired.csv")):
+            (kept / name).unlink()
+    shutil.rmtree(study)
+    assert report(kept) == kept
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    heading, runs, notes, *_ = text = before["report.md"].decode().split("\n\n")
+    assert (heading, notes) == ("# study", "Made on a Monday, **by hand**.")
+    assert runs.startswith("8 finished runs")
+    assert "## Against mask, seed by seed" in text
+    assert b"<b>by hand</b>" in before["report.html"]
+
+
+def test_what_is_kept_has_curves_but_nothing_of_the_machine(written, study):
+    manifest = json.loads((written / "sweep.json").read_text())
+    assert manifest["baseline"] == "grpo"
+    assert set(manifest) <= {"experiment", "commit", "threads", "versions", "variants", "seeds", "baseline"}
+    kept = read_training(written)
+    assert set(kept) < set(read_training(study))
+    assert not [name for name in kept if name.startswith("seconds/")]
+    assert str(study) not in "".join(path.read_text() for path in written.glob("*.[cmj]s*"))
+
+
+def test_a_report_without_its_curves_is_refused(written):
+    (written / "training.parquet").unlink()
+    with pytest.raises(UserError, match=r"must hold training\.parquet beside runs\.csv"):
+        report(written)
 
 
 def test_without_grpo_there_is_nothing_to_compare_with(study):
@@ -108,6 +148,18 @@ def test_the_law_is_drawn_for_each_variant(study):
     drawn = figures(read_runs(study), read_training(study), read_held_out(study), "grpo")["law"]
     assert [axes.get_title(loc="left") for axes in drawn.axes] == ["grpo", "sent", "mask"]
     assert "a = 1.00, b = 3.00, R² = 1.00" in [text.get_text() for text in drawn.axes[0].texts]
+
+
+def test_the_change_of_entropy_is_drawn_against_its_prediction(study):
+    training = read_training(study)
+    drawn = figures(read_runs(study), training, read_held_out(study), "grpo")["change"]
+    assert [axes.get_title(loc="left") for axes in drawn.axes] == ["grpo", "sent", "mask"]
+    texts = [text.get_text() for axes in drawn.axes for text in axes.texts]
+    assert [text.split(",")[0] for text in texts] == ["slope 1.00"] * 3, "one scale fits all"
+    (dots,) = drawn.axes[0].collections
+    assert np.allclose(dots.get_offsets(), np.full((9, 2), -0.3)), "three seeds, three changes"
+    without = training.drop(columns="train/covariance")
+    assert "change" not in figures(read_runs(study), without, read_held_out(study), "grpo")
 
 
 def test_runs_without_held_out_questions_are_refused(study):

@@ -1,53 +1,13 @@
-"""From run folders to numbers."""
+"""Intervals, paired tests, and means over seeds."""
 
 import json
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from lightning_rlvr import analysis
 from lightning_rlvr.types import UserError
-
-
-def test_finished_runs_are_read_in_the_order_of_the_sweep(study):
-    runs = analysis.read_runs(study)
-    assert runs.index.tolist() == [("grpo", s) for s in (1, 2, 3)] + [("sent", s) for s in (1, 2, 3)] + [
-        ("mask", 1),
-        ("mask", 2),
-    ]
-    assert runs.loc[("sent", 2), "after/avg@4"] == pytest.approx(0.81)
-    assert runs.loc[("sent", 2), "before/avg@4"] == 0.2
-    assert analysis.held_out_metrics(runs) == ["avg@4", "pass@1", "pass@4", "entropy", "response_length"]
-
-
-def test_without_a_manifest_variants_are_sorted(study):
-    (study / "sweep.json").unlink()
-    assert analysis.variants_of(analysis.read_runs(study)) == ["grpo", "mask", "sent"]
-
-
-def test_a_folder_without_finished_runs_is_refused(tmp_path):
-    with pytest.raises(UserError, match="must hold finished runs"):
-        analysis.read_runs(tmp_path)
-
-
-def test_batches_are_counted_as_trained(study):
-    training, held_out = analysis.read_training(study), analysis.read_held_out(study)
-    assert training.groupby(["variant", "seed"])["batch"].apply(list).tolist() == [[1, 2, 3, 4]] * 8
-    assert held_out.groupby(["variant", "seed"])["batch"].apply(list).tolist() == [[0, 4]] * 8
-    assert held_out.loc[held_out["batch"] == 0, "val/avg@4"].eq(0.2).all()
-    assert not [column for column in training if column.startswith("val/")]
-
-
-def test_a_validation_after_the_first_batch_is_not_the_one_before_it(study):
-    path = study / "grpo" / "seed-1" / "metrics.csv"
-    table = pd.read_csv(path)
-    early = table.iloc[[0]].assign(**{"val/avg@4": 0.33})
-    pd.concat([table.iloc[:2], early, table.iloc[2:]]).to_csv(path, index=False)
-    mine = analysis.read_held_out(study).query("variant == 'grpo' and seed == 1")
-    assert mine["batch"].tolist() == [0, 1, 4]
-    assert mine["val/avg@4"].tolist() == [0.2, 0.33, 0.6]
 
 
 @pytest.mark.parametrize(("dof", "quantile"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (60, 2.0003)])
@@ -128,14 +88,3 @@ def test_bands_are_intervals_over_seeds_at_each_batch(study):
     assert table.loc[("sent", 4), "high"] == pytest.approx(0.5 + half)
     smooth = analysis.bands(analysis.read_training(study), "train/response_length", 3).set_index(["variant", "batch"])
     assert smooth.loc["sent", "mean"].tolist() == [9.5, 10.0, 11.0, 11.5]
-
-
-def test_the_law_is_found_where_it_holds(study):
-    training = analysis.read_training(study)
-    law = analysis.entropy_law(training["train/entropy"], training["train/accuracy"])
-    assert law == pytest.approx((1.0, 3.0, 1.0))
-
-
-def test_the_law_needs_three_batches_that_differ():
-    for entropy, accuracy in (([0.1, 0.2], [1, 2]), ([0.1] * 3, [1, 2, 3]), ([0.1, math.nan, 0.3], [1, 2, 3])):
-        assert math.isnan(analysis.entropy_law(entropy, accuracy).a)

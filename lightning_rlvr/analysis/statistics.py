@@ -1,20 +1,17 @@
-"""From the folders of a sweep to tables: pandas frames in, pandas frames out."""
+"""Means over seeds with their intervals, and paired comparisons."""
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple, cast
 
 import numpy as np
 import pandas as pd
 
+from lightning_rlvr.analysis.runs import held_out_metrics, variants_of
 from lightning_rlvr.types import UserError
 
-RUN = re.compile(r"seed-(\d+)")
 CONFIDENCE = 0.95
 
 
@@ -24,88 +21,6 @@ class Interval(NamedTuple):
     mean: float
     half: float
     seeds: int
-
-
-class Law(NamedTuple):
-    """The fit R = -a exp(H) + b of accuracy against entropy (nats), and the share of variance that it explains."""
-
-    a: float
-    b: float
-    r2: float
-
-
-# --- reading -------------------------------------------------------------------------------------
-
-
-def read_runs(folder: Path) -> pd.DataFrame:
-    """Return a row for each finished run FOLDER/VARIANT/seed-N, by variant and seed.
-
-    Columns: `before/NAME` and `after/NAME` for each held-out metric, train_entropy/first and /last (nats), seconds,
-    peak_memory (bytes), updates, folder. Variants are in the order of the sweep's manifest.
-
-    Raises: UserError if there is no finished run.
-    """
-    rows = []
-    for path, variant, seed in _folders(folder):
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-        if summary["status"] != "finished":
-            continue
-        row: dict[str, object] = {"variant": variant, "seed": seed}
-        for when in ("before", "after"):
-            held_out = {k.removeprefix("val/"): v for k, v in (summary[when] or {}).items() if k != "step"}
-            row |= {f"{when}/{name}": value for name, value in held_out.items()}
-        row |= {f"train_entropy/{end}": value for end, value in (summary["train_entropy"] or {}).items()}
-        row |= {"seconds": summary["seconds"]["total"], "peak_memory": summary["peak_memory_bytes"]}
-        rows.append({**row, "updates": summary["optimizer_steps"], "folder": str(path)})
-    if not rows:
-        raise UserError(f"{folder} must hold finished runs, VARIANT/seed-N, as a sweep leaves them; it has none.")
-    return pd.DataFrame(rows).set_index(["variant", "seed"])
-
-
-def read_training(folder: Path) -> pd.DataFrame:
-    """Return the training metrics of every finished run: a row for each rollout batch.
-
-    Columns: variant, seed, batch (from 1 on), and those of metrics.csv under train/ and seconds/.
-    """
-    return _read_metrics(folder, "train/", "train/entropy")
-
-
-def read_held_out(folder: Path) -> pd.DataFrame:
-    """Return the held-out metrics of every finished run: a row for each validation, before any update at batch 0.
-
-    Columns: variant, seed, batch (those trained on before), and those of metrics.csv under val/.
-    """
-    return _read_metrics(folder, "val/", "val/entropy")
-
-
-def _read_metrics(folder: Path, prefix: str, present: str) -> pd.DataFrame:
-    frames = []
-    for variant, seed, path in read_runs(folder).reset_index()[["variant", "seed", "folder"]].itertuples(index=False):
-        table = pd.read_csv(Path(path) / "metrics.csv")
-        if present not in table:
-            continue
-        rows = table[table[present].notna()]
-        batch = rows["step"].to_numpy() + 1
-        if prefix == "val/":
-            batch[0] = 0  # the run's first validation precedes its first batch
-        rows = rows[[c for c in map(str, rows) if c.startswith((prefix, "seconds/")) and rows[c].notna().any()]]
-        frames.append(rows.assign(variant=variant, seed=seed, batch=batch))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["variant", "seed", "batch"])
-
-
-def _folders(folder: Path) -> list[tuple[Path, str, int]]:
-    """Return the run folders with variant and seed, in the order of the manifest and then by name and seed."""
-    manifest = folder / "sweep.json"
-    known = json.loads(manifest.read_text(encoding="utf-8"))["variants"] if manifest.is_file() else []
-    found = []
-    for summary in folder.glob("*/*/summary.json"):
-        match = RUN.fullmatch(summary.parent.name)
-        if match:
-            found.append((summary.parent, summary.parents[1].name, int(match[1])))
-    return sorted(found, key=lambda run: (known.index(run[1]) if run[1] in known else len(known), run[1], run[2]))
-
-
-# --- statistics ----------------------------------------------------------------------------------
 
 
 def interval(values: Sequence[float] | np.ndarray | pd.Series) -> Interval:
@@ -211,37 +126,6 @@ def bands(curves: pd.DataFrame, column: str, smooth: int = 1) -> pd.DataFrame:
             found = interval(values)
             rows.append([variant, batch, found.mean, found.mean - found.half, found.mean + found.half])
     return pd.DataFrame(rows, columns=["variant", "batch", "mean", "low", "high"])
-
-
-def entropy_law(entropy: Sequence[float] | pd.Series, accuracy: Sequence[float] | pd.Series) -> Law:
-    """Fit R = -a exp(H) + b by least squares: it is linear in exp(H).
-
-    >>> law = entropy_law([0.0, 1.0, 2.0], [3.0, 3.0 - math.e + 1.0, 3.0 - math.e**2 + 1.0])
-    >>> [round(value, 9) for value in law]
-    [1.0, 4.0, 1.0]
-
-    Source: arXiv 2505.22617.
-    """
-    x, y = np.exp(np.asarray(entropy, dtype=np.float64)), np.asarray(accuracy, dtype=np.float64)
-    x, y = x[~np.isnan(x + y)], y[~np.isnan(x + y)]
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return Law(math.nan, math.nan, math.nan)
-    slope, b = np.polyfit(x, y, 1)
-    rest = ((y - slope * x - b) ** 2).sum() / ((y - y.mean()) ** 2).sum()
-    return Law(float(-slope), float(b), round(float(1 - rest), 6))
-
-
-def held_out_metrics(runs: pd.DataFrame) -> list[str]:
-    """Return the names of the held-out metrics: avg@k, then each pass@k, then the others."""
-    names = [name.removeprefix("after/") for name in map(str, runs) if name.startswith("after/")]
-    passes = sorted((n for n in names if n.startswith("pass@")), key=lambda n: int(n.removeprefix("pass@")))
-    average = [name for name in names if name.startswith("avg@")]
-    return [*average, *passes, *(name for name in names if name not in (*average, *passes))]
-
-
-def variants_of(runs: pd.DataFrame) -> list[str]:
-    """Return the variants in order."""
-    return list(dict.fromkeys(map(str, runs.index.get_level_values("variant"))))
 
 
 def _of(runs: pd.DataFrame, variant: str) -> pd.DataFrame:

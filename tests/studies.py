@@ -4,8 +4,6 @@ import csv
 import json
 import math
 
-import pytest
-
 BASE = {"val/avg@4": 0.2, "val/pass@1": 0.2, "val/pass@4": 0.5, "val/entropy": 1.0, "val/response_length": 9.0}
 VARIANTS = {"grpo": (0.6, 0.1), "sent": (0.8, 0.5), "mask": (0.7, 0.3)}  # held-out avg@4 and entropy after training
 
@@ -21,6 +19,8 @@ def write_run(folder, after, entropy, seed, classes=False):
         accuracy = 3.0 - math.exp(h)
         row = {"step": step, "train/entropy": h, "train/accuracy": accuracy, "train/reward": accuracy}
         row |= {"train/response_length": 9.0 + step, "train/kl/old": 0.0}
+        # a batch lowers the entropy of the next by 100 lr Cov
+        row |= {"train/lr": 0.01, "train/covariance": (1.0 - entropy) / 3, "seconds/step": 1.0}
         rows.append(row | ({"train/share/low": 0.8, "train/kl/low": 0.1 * step} if classes else {}))
     rows.append({"step": 3, **ends[1]})
     with (folder / "metrics.csv").open("w", newline="") as file:
@@ -39,10 +39,8 @@ def write_run(folder, after, entropy, seed, classes=False):
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
-@pytest.fixture
-def study(tmp_path):
+def write_study(folder):
     """Three variants with three seeds each, one of them unfinished, and what else lies about."""
-    folder = tmp_path / "study"
     for name, (after, entropy) in VARIANTS.items():
         for seed in (1, 2, 3):
             write_run(folder / name / f"seed-{seed}", after, entropy, seed, classes=name == "sent")
@@ -52,4 +50,3 @@ def study(tmp_path):
     versions = {"lightning_rlvr": "0.1.0", "torch": "2.13.0", "transformers": "5.0"}
     manifest = {"variants": list(VARIANTS), "versions": versions, "commit": "abc123", "threads": 1}
     (folder / "sweep.json").write_text(json.dumps(manifest))
-    return folder
