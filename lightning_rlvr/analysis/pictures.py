@@ -28,7 +28,8 @@ def entropy_and_covariance(ledger: pd.DataFrame) -> Figure:
     def tokens(axes: Axes) -> None:
         for name, colour in shade.items():
             mine = ledger["class"] == name
-            axes.scatter(entropy[mine], ledger["covariance"][mine], s=7, alpha=0.5, color=colour, linewidths=0)
+            size = 7 if mine.mean() > 0.05 else 22  # few would be overlooked
+            axes.scatter(entropy[mine], ledger["covariance"][mine], s=size, alpha=0.6, color=colour, linewidths=0)
         axes.set_xscale("log")
         axes.set_title("every token of the batch")
         axes.set_xlabel("entropy (nats)")
@@ -67,24 +68,31 @@ def along_the_text(ledger: pd.DataFrame) -> Figure:
 
 
 def token_map(ledger: pd.DataFrame, responses: int = 12, width: int = 40) -> Figure:
-    """Draw the first responses as rows of tokens, darker with entropy, those of the last class framed."""
-    rows = list(ledger.groupby(["uid", "response"], sort=False))[:responses]
+    """Draw responses as rows of tokens, darker with entropy; tokens of the narrowest class are framed.
+
+    The responses are those with most framed tokens, then the first ones; `width` positions of each are shown.
+    """
+    framed = list(_shades(ledger))[-1]
+    rows = list(ledger.groupby(["uid", "response"], sort=False))
+    if framed != NO_CLASS:
+        rows.sort(key=lambda row: -int((row[1]["class"] == framed).sum()))
+    rows = rows[:responses]
     columns = min(width, int(max(part["position"].max() for _, part in rows)) + 1)
     grid = np.full((len(rows), columns), np.nan)
-    framed = list(_shades(ledger))[-1]
 
     def panel(axes: Axes) -> None:
         for row, (_, part) in enumerate(rows):
             for token in part[part["position"] < columns].to_dict("records"):
                 column = token["position"]
                 grid[row, column] = token["entropy"]
-                text = token["text"].replace("\n", "⏎").replace("$", r"\$")[:4]
-                axes.text(column, row, text, ha="center", va="center", fontsize=8, family="monospace")
+                text = token["text"].replace("\n", "⏎")[:6]
+                size = 8 if len(text) < 3 else 5
+                axes.text(column, row, text, ha="center", va="center", fontsize=size, parse_math=False)
                 if token["class"] == framed != NO_CLASS:
                     axes.add_patch(_frame(column, row))
         image = axes.imshow(grid, cmap="YlOrBr", vmin=0, vmax=float(np.nanmax(grid)) * 1.5 or 1.0, aspect="auto")
         axes.figure.colorbar(image, ax=axes, label="entropy (nats)", shrink=0.8)
-        axes.set_yticks(range(len(rows)), [f"{uid} #{number}" for (uid, number), _ in rows], fontsize=7)  # type: ignore[misc]
+        axes.set_yticks(range(len(rows)), [f"…{str(uid)[-12:]} #{number}" for (uid, number), _ in rows], fontsize=7)  # type: ignore[misc]
         axes.set_xlabel("position in the response")
         axes.grid(visible=False)
         named = "" if framed == NO_CLASS else f"; framed: class {framed}"

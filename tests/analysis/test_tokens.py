@@ -81,9 +81,16 @@ def test_figures_hold_every_token(run):
 
 def test_the_map_shows_texts_where_they_stand_and_frames_the_narrowest_class(run):
     axes = token_map(analysis.read_ledger(run), responses=3).axes[0]
-    assert [text.get_text() for text in axes.texts[:4]] == ["a", "a", "b", r"\$"]
+    assert [text.get_text() for text in axes.texts[:4]] == ["a", "a", "b", "$"]
     assert axes.images[0].get_array().shape == (3, 4)
     assert np.allclose([patch.get_xy()[0] for patch in axes.patches], 2 - 0.46), "each `b`"
     assert len(axes.patches) == 3
     narrow = token_map(analysis.read_ledger(run), width=2).axes[0]
     assert narrow.images[0].get_array().shape == (6, 2)
+
+
+def test_responses_with_framed_tokens_come_first(run):
+    ledger = analysis.read_ledger(run)
+    ledger.loc[(ledger["uid"] != "q2") & (ledger["class"] == "high"), "class"] = "low"
+    labels = [label.get_text() for label in token_map(ledger, responses=3).axes[0].get_yticklabels()]
+    assert labels == ["…q2 #0", "…q2 #1", "…q0 #0"]
