@@ -58,13 +58,14 @@ def entropy_changes(training: pd.DataFrame, window: int) -> pd.DataFrame:
     Source: covariance theory of entropy, arXiv 2505.22617 and 2512.04359.
     """
     frames = []
-    for (variant, seed), run in training.sort_values("batch").groupby(["variant", "seed"], sort=False):
+    for _, run in training.sort_values("batch").groupby(["variant", "seed"], sort=False):
         step = -run["train/lr"] * run["train/covariance"]
         levels = pd.DataFrame({"measured": run["train/entropy"], "predicted": step.cumsum() - step})
         number = np.arange(len(run)) // window
         means = levels.groupby(number).mean()[: len(run) // window]
         changes = means.diff().iloc[1:]
         last = run["batch"].to_numpy()[np.asarray(changes.index, dtype=int) * window - 1]
+        variant, seed = run["variant"].iloc[0], run["seed"].iloc[0]
         frames.append(changes.assign(variant=variant, seed=seed, batch=last))
     columns = ["variant", "seed", "batch", "measured", "predicted"]
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)

@@ -92,7 +92,7 @@ def token_map(ledger: pd.DataFrame, responses: int = 12, width: int = 40) -> Fig
                     axes.add_patch(_frame(column, row))
         image = axes.imshow(grid, cmap="YlOrBr", vmin=0, vmax=float(np.nanmax(grid)) * 1.5 or 1.0, aspect="auto")
         axes.figure.colorbar(image, ax=axes, label="entropy (nats)", shrink=0.8)
-        axes.set_yticks(range(len(rows)), [f"…{str(uid)[-12:]} #{number}" for (uid, number), _ in rows], fontsize=7)  # type: ignore[misc]
+        axes.set_yticks(range(len(rows)), [f"…{str(uid)[-12:]} #{number}" for (uid, number), _ in rows], fontsize=7)
         axes.set_xlabel("position in the response")
         axes.grid(visible=False)
         named = "" if framed == NO_CLASS else f"; framed: class {framed}"
@@ -125,7 +125,7 @@ def scores_by_stage(scores: pd.DataFrame) -> Figure:
         counts = scores.groupby(["kind", scores[column].round(6), "pass_rate"]).size().reset_index(name="questions")
         for kind, colour in known.items():
             mine = counts[counts["kind"] == kind]
-            size = 12 + 300 * mine["questions"] / counts["questions"].max()
+            size = 12 + 300 * mine["questions"].to_numpy(dtype=float) / counts["questions"].to_numpy(dtype=float).max()
             axes.scatter(mine[column], mine["pass_rate"], s=size, color=colour, alpha=0.7, linewidths=0)
         axes.set_title("against the share of right answers")
         axes.set_xlabel("semantic entropy (nats)")
@@ -139,16 +139,13 @@ def step_sizes(tables: Mapping[float, pd.DataFrame]) -> Figure:
 
     `tables` are those of `lightning_rlvr.compare.compare`, by eta.
     """
-    names = list(next(iter(tables.values())).index)
-    shade = {str(name): COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    changes = [table.filter(like="entropy_change/").astype(float) for table in tables.values()]
+    ratios = pd.DataFrame([t["entropy_change/measured"] / t["entropy_change/first_order"] for t in changes])
+    shade = {str(name): COLOURS[i % len(COLOURS)] for i, name in enumerate(ratios)}
 
     def panel(axes: Axes) -> None:
         for name, colour in shade.items():
-            ratio = [
-                table.loc[name, "entropy_change/measured"] / table.loc[name, "entropy_change/first_order"]
-                for table in tables.values()
-            ]
-            axes.plot(list(tables), ratio, color=colour, marker="o", markersize=4)
+            axes.plot(list(tables), ratios[name].tolist(), color=colour, marker="o", markersize=4)
         axes.axhline(1, color="#aaaaaa", linewidth=1, linestyle="--")
         axes.set_xscale("log")
         axes.set_title("how far a first-order prediction carries")
