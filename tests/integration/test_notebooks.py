@@ -39,7 +39,9 @@ def test_it_runs_and_shows_its_figures(path, small_run, monkeypatch):
     monkeypatch.setenv("RUN", str(small_run / "run"))
     monkeypatch.setenv("SCORES", str(small_run / "scores.parquet"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(
+        notebook, timeout=600, startup_timeout=300, resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= FIGURES[path.stem]
     said = "".join(output["text"] for output in outputs if output.output_type == "stream" and output.name == "stderr")
