@@ -57,3 +57,36 @@ def test_a_run_alone_is_a_variant_of_its_name(study):
     alone = folder.rename(study.parent / "first_try")
     assert analysis.read_runs(alone).index.tolist() == [("first_try", 7)]
     assert analysis.read_training(alone)["batch"].tolist() == [1, 2, 3, 4]
+
+
+@pytest.fixture
+def kept(study, tmp_path):
+    """What is kept of the study."""
+    (tmp_path / "kept").mkdir()
+    tables = [read(study) for read in (analysis.read_runs, analysis.read_training, analysis.read_held_out)]
+    manifest = {**analysis.read_manifest(study), "commands": {"run": str(study)}, "baseline": "mask"}
+    analysis.keep(tmp_path / "kept", *tables, manifest)
+    return tmp_path / "kept"
+
+
+def test_what_is_kept_reads_like_the_study(kept, study):
+    assert analysis.is_kept(kept)
+    assert not analysis.is_kept(study)
+    pd.testing.assert_frame_equal(analysis.read_runs(kept), analysis.read_runs(study))
+    pd.testing.assert_frame_equal(analysis.read_held_out(kept), analysis.read_held_out(study))
+    curves, all_of = analysis.read_training(kept), analysis.read_training(study)
+    assert set(all_of) - set(curves) == {"seconds/step"}
+    pd.testing.assert_frame_equal(curves, all_of[list(curves)], check_like=True)
+
+
+def test_what_is_kept_says_nothing_of_the_machine(kept, study):
+    manifest = analysis.read_manifest(kept)
+    assert manifest["baseline"] == "mask"
+    assert set(manifest) == {"commit", "threads", "versions", "variants", "baseline"}
+    assert str(study) not in "".join((kept / name).read_text() for name in ("runs.csv", "sweep.json"))
+
+
+def test_kept_runs_without_their_curves_are_refused(kept):
+    (kept / "training.parquet").unlink()
+    with pytest.raises(UserError, match=r"must hold training\.parquet beside runs\.csv"):
+        analysis.read_training(kept)

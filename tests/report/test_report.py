@@ -1,6 +1,5 @@
 """Tables and figures of a sweep."""
 
-import json
 import re
 import shutil
 
@@ -88,22 +87,6 @@ def test_a_report_is_made_anew_from_itself(study, tmp_path):
     assert runs.startswith("8 finished runs")
     assert "## Against mask, seed by seed" in text
     assert b"<b>by hand</b>" in before["report.html"]
-
-
-def test_what_is_kept_has_curves_but_nothing_of_the_machine(written, study):
-    manifest = json.loads((written / "sweep.json").read_text())
-    assert manifest["baseline"] == "grpo"
-    assert set(manifest) <= {"experiment", "commit", "threads", "versions", "variants", "seeds", "baseline"}
-    kept = read_training(written)
-    assert set(kept) < set(read_training(study))
-    assert not [name for name in kept if name.startswith("seconds/")]
-    assert str(study) not in "".join(path.read_text() for path in written.glob("*.[cmj]s*"))
-
-
-def test_a_report_without_its_curves_is_refused(written):
-    (written / "training.parquet").unlink()
-    with pytest.raises(UserError, match=r"must hold training\.parquet beside runs\.csv"):
-        report(written)
 
 
 def test_without_grpo_there_is_nothing_to_compare_with(study):
