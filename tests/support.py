@@ -1,7 +1,6 @@
 """A tiny policy, task and reward, and a cut-down quickstart: what tests of several rooms share."""
 
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -162,10 +161,10 @@ class ManyVowels(Reward):
 
 
 class Moody(ManyVowels):
-    """Judges by the global random generators of python, numpy and torch as well."""
+    """Judges by the global random generators of numpy and torch as well; under pytest beartype draws from python's."""
 
     def _judge(self, text: str) -> Verdict:
-        moods = random.random() < 0.3, np.random.random() < 0.3, torch.rand(()).item() < 0.3
+        moods = np.random.random() < 0.3, torch.rand(()).item() < 0.3
         good = (super()._judge(text).correct + sum(moods)) % 2 == 1
         return Verdict(float(good), Status.CORRECT if good else Status.WRONG, str(len(text)))
 

@@ -65,9 +65,13 @@ class RunCheckpoints(ModelCheckpoint):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Save what the last step came to if that is due; stop here if asked."""
-        module = cast("RLVRModule", pl_module)
-        # Lightning counts one more where a run is resumed right after a validation.
-        trainer.fit_loop.epoch_loop._batches_that_stepped = module.rollouts_done
+        module, loop = cast("RLVRModule", pl_module), trainer.fit_loop.epoch_loop
+        # Lightning counts one more where a run is resumed right after a validation. Where a batch logs less than the
+        # one before, it repeats that one's metrics, which a resumed run does not know.
+        loop._batches_that_stepped = module.rollouts_done
+        for result in loop._results.values():
+            if not result.meta.on_epoch:
+                result.reset()
         if self._random is not None:
             if len(self._random) == trainer.world_size:
                 set_random_state(self._random[trainer.global_rank])
