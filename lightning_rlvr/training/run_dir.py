@@ -60,8 +60,9 @@ def continued(folder: Path, checkpoints: Path, config: Mapping[str, Any]) -> Fou
     if not any(path.exists() for path in known) and not all(p.name.startswith("events.") for p in folder.iterdir()):
         raise UserError(f"run_dir must be the folder of a run to be continued, got {folder}: it has no {CONFIG}. "
                         "Set run_dir, or ckpt_path to a file.")  # fmt: skip
-    if rank_zero_only.rank == 0:
-        hold(folder).close()
+    held = rank_zero_only(hold)(folder)
+    if held is not None:
+        held.close()
     found = newest_checkpoint(checkpoints)
     if found is not None:
         stored = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))

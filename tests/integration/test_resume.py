@@ -20,6 +20,7 @@ from lightning_rlvr.training.metrics_file import MetricsFile
 # Every piece of state matters: updates and batches, groups and re-orderings, schedule and coefficients.
 ALL = {
     "model__objective": "lightning_rlvr.objectives.AdaptiveEntropy",
+    "model__objective__init_args__target": 5,  # more than there is, so that the coefficient acts
     "model__reward": "support.Moody",
     "model__updates_per_rollout": 2,
     "model__dynamic_sampling": 2,
