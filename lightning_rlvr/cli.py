@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,13 +13,15 @@ from typing import Any, NoReturn
 import lightning
 import yaml
 from jsonargparse import set_parsing_settings
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_rlvr import compare, data_check, evaluation
 from lightning_rlvr.report import command as report
+from lightning_rlvr.store import whole_file
 from lightning_rlvr.sweep import command as sweep
 from lightning_rlvr.training import RLVRDataModule, RLVRModule, Trainer
 from lightning_rlvr.training.callbacks import (
@@ -28,15 +29,19 @@ from lightning_rlvr.training.callbacks import (
     EvaluateEnds,
     ExportPolicy,
     InertTerms,
-    KeepLastCheckpoint,
     OrderLog,
     PredictionWriter,
+    RunCheckpoints,
+    RunFolder,
     RunSummary,
     SampleTable,
     SaveRollouts,
     StageBoundary,
     TokenLedger,
 )
+from lightning_rlvr.training.checkpoint import CheckpointFiles, Found, newest_checkpoint
+from lightning_rlvr.training.metrics_file import MetricsFile
+from lightning_rlvr.training.run_dir import CONFIG, continued, free_folder
 from lightning_rlvr.types import UserError
 
 PROGRAM = "python -m lightning_rlvr"
@@ -60,8 +65,20 @@ class Parser(LightningArgumentParser):
         sys.exit(2)
 
 
+class ConfigFile(SaveConfigCallback):
+    """Writes config.yaml into the run's folder, whole or not at all."""
+
+    def save_config(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Write the file."""
+        with whole_file(Path(trainer.default_root_dir) / CONFIG) as file:
+            file.write(self.parser.dump(self.config, skip_none=False).encode())
+
+
 class RLVRCLI(LightningCLI):
     """LightningCLI whose runs each have a folder of their own, with everything that they leave behind."""
+
+    _found: Found | None = None  # the checkpoint that a run goes on from in its folder
+    _goes_on = False  # whether the folder may have been begun before
 
     def __init__(self, args: list[str] | None = None) -> None:
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -78,6 +95,8 @@ class RLVRCLI(LightningCLI):
             # This mode resolves ${...} after overrides, not file by file.
             parser_kwargs={"parser_mode": "omegaconf+", "prog": PROGRAM, "description": DESCRIPTION},
             parser_class=Parser,
+            save_config_callback=ConfigFile,
+            save_config_kwargs={"save_to_log_dir": False},
             args=args,
         )
 
@@ -93,20 +112,48 @@ class RLVRCLI(LightningCLI):
             default="runs/default",
             help="Folder for all that the run leaves behind. If it is not empty, -2, -3, ... is added to its name.",
         )
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.every_n_train_steps": 10})
+        parser.add_lightning_class_args(RunCheckpoints, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.save_last": True,
+                "checkpoint.save_top_k": 0,  # last.ckpt and the one before it
+                "checkpoint.every_n_train_steps": 10,
+                "checkpoint.enable_version_counter": False,  # a run that goes on writes the files it would have written
+            }
+        )
         parser.add_lightning_class_args(SampleTable, "samples")
         parser.add_lightning_class_args(SaveRollouts, "save_rollouts")
         parser.add_lightning_class_args(TokenLedger, "ledger")
 
+    def _parse_ckpt_path(self) -> None:
+        """Take no settings from the checkpoint: config.yaml has them, and a checkpoint is checked before it is read."""
+
     def before_instantiate_classes(self) -> None:
-        """Claim the run's folder."""
+        """Choose the run's folder, and the checkpoint that `last` stands for."""
         config = self.config[self.subcommand]
-        config.run_dir = str(free_folder(Path(config.run_dir).expanduser()))
-        config.trainer.default_root_dir = config.run_dir
-        checkpoint = config.get("ckpt_path")
+        wanted, checkpoint = Path(config.run_dir).expanduser(), config.get("ckpt_path")
+        checkpoints = Path(config.checkpoint.dirpath or wanted / "checkpoints")
+        folder = wanted
+        if checkpoint == "last" and self.subcommand == "fit":
+            config.ckpt_path, self._goes_on = None, True
+            config.trainer.default_root_dir = config.run_dir = str(wanted)
+            now = yaml.safe_load(self.parser.dump(self.config, skip_none=False))["fit"]
+            self._found = continued(wanted, checkpoints, now)
+            if self._found is None:
+                rank_zero_info(f"there is no checkpoint in {checkpoints}: the run begins")
+        else:
+            folder = free_folder(wanted)
+        if checkpoint == "last" and self.subcommand != "fit":
+            found = newest_checkpoint(checkpoints)
+            checkpoint = config.ckpt_path = str(found.path if found else checkpoints / "last.ckpt")
+        config.trainer.default_root_dir = config.run_dir = str(folder)
         if checkpoint not in (None, "best", "last", "hpc", "registry") and not Path(checkpoint).exists():
             raise UserError(f"there is no checkpoint {checkpoint}. Set ckpt_path.")
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Name the checkpoint that `last` stands for; the config left behind does not."""
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        return arguments if self._found is None else {**arguments, "ckpt_path": str(self._found.path)}
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; a value that a class refuses is the user's to put right."""
@@ -122,19 +169,23 @@ class RLVRCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> lightning.Trainer:
         """Add the callbacks that every run has, and loggers into its folder unless others are configured."""
+        done, lines = (0, {}) if self._found is None else self._found[1:]
         if config["logger"] in (None, True):
-            where = {"save_dir": config["default_root_dir"], "name": "", "version": ""}
-            # Flushed at each step: an interrupted run keeps its metrics.
-            loggers = [TensorBoardLogger(**where), CSVLogger(**where, flush_logs_every_n_steps=1)]
-            config["logger"] = False if self.subcommand == "score" else loggers
+            folder = config["default_root_dir"]
+            board = TensorBoardLogger(folder, name="", version="", purge_step=done if self._goes_on else None)
+            config["logger"] = False if self.subcommand == "score" else [board, MetricsFile(folder)]
+        plugins = config["plugins"] or []
+        config["plugins"] = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in config["plugins"]):
+            config["plugins"].append(CheckpointFiles())
         callbacks = [
             *callbacks,
+            RunFolder(lines if self._goes_on else None),
             StageBoundary(),
             OrderLog(),
             AdaptiveOrder(),
             EvaluateEnds(),
             InertTerms(),
-            KeepLastCheckpoint(),
             ExportPolicy(),
             RunSummary(),
             PredictionWriter(),
@@ -184,21 +235,6 @@ def fit_config(arguments: Sequence[str]) -> dict[str, Any]:
         raise UserError(said.getvalue().removeprefix("error: ").rstrip()) from error
     dumped: dict[str, Any] = yaml.safe_load(parsed.parser.dump(parsed.config, skip_none=False))
     return dict(dumped["fit"])
-
-
-def free_folder(wanted: Path) -> Path:
-    """Return the folder, or the first of wanted-2, wanted-3, ... that does not exist or is empty.
-
-    Raises: UserError if it could not be written to.
-    """
-    there = next(path for path in (wanted, *wanted.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"run_dir must be a folder that can be written, got {wanted}: {there} is not. Set run_dir.")
-    folder, number = wanted, 1
-    while folder.exists() and any(folder.iterdir()):
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
-    return folder
 
 
 def main(args: list[str] | None = None) -> None:

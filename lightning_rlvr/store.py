@@ -158,6 +158,30 @@ class Store:
         return True
 
 
+@contextmanager
+def whole_file(path: Path, keep_old_as: Path | None = None) -> Iterator[IO[bytes]]:
+    """Open a file that takes the place of `path` when the block has ended, whole and on the disk, or not at all.
+
+    Args:
+        path: the file to make; one process at a time makes it.
+        keep_old_as: what the file that is replaced is renamed to, if there is one. A kill between the two renames
+            leaves that name alone.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_old_as is not None and path.exists():
+            path.replace(keep_old_as)
+        partial.replace(path)
+        sync_folder(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def sync_folder(folder: Path) -> None:
     """Have the names of the files in a folder written to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -196,3 +220,18 @@ def compare_manifests(
             f"  {key}: the file has {stored.get(key)!r}, this run {wanted.get(key)!r}" for key in differing
         )
         raise UserError(f"{path} was made for something else:\n{lines}\nSet {setting}, or what differs.")
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping as one of dotted keys.
+
+    >>> flat({"a": {"b": 1, "c": {}}})
+    {'a.b': 1, 'a.c': {}}
+    """
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -157,6 +158,18 @@ class ManyVowels(Reward):
 
     def __repr__(self) -> str:
         return "ManyVowels()"
+
+
+class Moody(ManyVowels):
+    """Judges by the global random generators of numpy and torch as well; under pytest beartype draws from python's."""
+
+    def _judge(self, text: str) -> Verdict:
+        moods = np.random.random() < 0.3, torch.rand(()).item() < 0.3
+        good = (super()._judge(text).correct + sum(moods)) % 2 == 1
+        return Verdict(float(good), Status.CORRECT if good else Status.WRONG, str(len(text)))
+
+    def __repr__(self) -> str:
+        return "Moody()"
 
 
 class Nameless(Reward):

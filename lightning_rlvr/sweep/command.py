@@ -50,10 +50,10 @@ def sweep(
 
     Each combination of variant and seed is one `fit` in OUTPUT/VARIANT/seed-N, with what it prints in seed-N.log.
     Finished runs are left alone; one that was made from another config, by other versions or with other threads is
-    refused. A run that was cut off starts anew, and what it left is kept in OUTPUT/.unfinished: `fit` writes the
-    metrics of a resumed run into a folder of its own, which no report would put together. Runs that outlive a sweep
-    that was killed are waited for. Ctrl-C and SIGTERM have the runs under way write their checkpoint and stop; a second
-    one kills them. OUTPUT/sweep.json holds all that it takes to repeat a run.
+    refused. A run that was cut off, or failed and is retried, goes on from its last checkpoint in its folder, and comes
+    to what it would have come to. Runs that outlive a sweep that was killed are waited for. Ctrl-C and SIGTERM have the
+    runs under way write their checkpoint and stop; a second one kills them. OUTPUT/sweep.json holds all that it takes
+    to repeat a run.
 
     Args:
         experiment: the experiment file, see Experiment.

@@ -118,7 +118,7 @@ class Cluster:
         if "timeout_min" not in parameters:
             raise UserError(
                 "the jobs of a cluster must have a time limit in minutes: submitit's own is a few, and a run that is "
-                "cut off there is lost. Set --submit_parameters '{\"timeout_min\": ...}'."
+                "cut off there waits for the next sweep. Set --submit_parameters '{\"timeout_min\": ...}'."
             )
         self._setup = setup
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import signal
@@ -14,10 +15,12 @@ from typing import Any
 
 from lightning_rlvr.sweep import state
 from lightning_rlvr.sweep.experiment import Run
+from lightning_rlvr.training.callbacks.checkpoints import PREEMPTED
 from lightning_rlvr.types import UserError
 
 PROGRAM: tuple[str, ...] = (sys.executable, "-m", "lightning_rlvr")
-ASIDE = ".unfinished"  # where what was left of runs that did not finish is kept
+ASIDE = ".unfinished"  # where what was left of unfinished runs that are made otherwise now is kept
+SAME = ("manifest", "command", "configs")  # what a run must have in common with its beginning to go on from there
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,12 @@ class Setup:
         threads, cache = str(self.threads), str(self.cache / f"threads-{self.threads}")
         return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "LIGHTNING_RLVR_CACHE": cache}
 
+    @property
+    def configs_digest(self) -> str:
+        """A hash of all configs, by which a run that is taken up again knows that they are as they were."""
+        texts = sorted((str(path), text) for path, text in self.configs.items())
+        return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
+
     def command(self, run: Run) -> list[str]:
         """Return the command of a run."""
         return [*self.program, "fit", *run.arguments, f"--run_dir={run.folder}"]
@@ -74,25 +83,31 @@ class Setup:
 
 
 def start(run: Run, setup: Setup) -> subprocess.Popen[bytes]:
-    """Start a run in its empty folder; what an unfinished one left there is moved to OUTPUT/.unfinished.
+    """Start a run in its folder; one that was begun there and cut off, or failed, goes on from its last checkpoint.
+
+    What was begun by another command, with other configs or by other versions is moved to OUTPUT/.unfinished.
 
     Raises: BlockingIOError if it is under way in another process.
     """
     setup.check_configs()
     with state.claim(run) as descriptor:
-        _move_aside(run, setup.output)
         record = {
             "manifest": setup.manifest,
             "command": setup.command(run),
+            "configs": setup.configs_digest,
             "environment": setup.environment,
             "commit": setup.commit,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "exit": None,
         }
+        begun = state.read_json(state.beside(run, "json")) or {}
+        goes_on = all(begun.get(key) == record[key] for key in SAME)
+        if not goes_on:
+            _move_aside(run, setup.output)
         state.write_json(state.beside(run, "json"), record)
-        with state.beside(run, "log").open("wb") as log:
+        with state.beside(run, "log").open("ab") as log:
             return subprocess.Popen(
-                setup.command(run),
+                [*setup.command(run), *(["--ckpt_path=last"] if goes_on else [])],
                 env={**os.environ, **setup.environment, "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -103,7 +118,9 @@ def start(run: Run, setup: Setup) -> subprocess.Popen[bytes]:
 
 
 def finish(run: Run, code: int) -> None:
-    """Record how the process of a run ended by itself."""
+    """Record how the process of a run ended by itself; one that saved when it was asked to stop was cut off."""
+    if code == PREEMPTED:
+        return
     path = state.beside(run, "json")
     state.write_json(path, {**(state.read_json(path) or {}), "exit": code})
 
@@ -121,7 +138,7 @@ def execute(run: Run, setup: Setup) -> None:
         process = start(run, setup)
     except BlockingIOError:
         return
-    signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
     code = process.wait()
     finish(run, code)
     if code:

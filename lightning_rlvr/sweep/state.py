@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import yaml
 
-from lightning_rlvr.store import compare_manifests
-from lightning_rlvr.sweep.experiment import Resolve, Run, flat
+from lightning_rlvr.store import compare_manifests, flat
+from lightning_rlvr.sweep.experiment import Resolve, Run
 from lightning_rlvr.types import UserError
 
 State = Literal["waiting", "running", "finished", "failed"]

@@ -1,16 +1,109 @@
-"""What a checkpoint must hold to be continued."""
+"""Checkpoint files: written whole or not at all, checked when read, and what they must hold to be continued."""
 
 from __future__ import annotations
 
+import shutil
+import struct
+import zipfile
+import zlib
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
 
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_rlvr.store import whole_file
 from lightning_rlvr.types import UserError
 
 # Attributes of the module that are saved.
 COUNTS = ("rollouts_done", "batches_trained", "objective_state", "reference_moved", "recording_agrees")
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError, UnpicklingError)
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Reads and writes checkpoints, each with a checksum of every part of it inside.
+
+    A file is put in its place when it is whole and on the disk. The last.ckpt that a new one replaces is kept as
+    previous.ckpt, so that a file that goes bad later is not the only one. Nothing is unpickled but tensors and plain
+    values (weights_only), whatever is asked for.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint. Raises: UserError if the disk refuses it; the file that was there stays."""
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path, path.with_name(PREVIOUS) if path.name == LAST else None) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:  # torch wraps what the disk says
+            reason = " ".join(str(error.__context__ or error).split())[:200]
+            free = shutil.disk_usage(path.parent).free / 2**30
+            raise UserError(
+                f"the checkpoint {path} cannot be written: {reason} ({free:.2f} GiB are free). The one before it is "
+                "kept. Free some space and continue with --ckpt_path last, or set run_dir."
+            ) from error
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
+        """Read a checkpoint. Raises: UserError if it is damaged, or holds what is neither tensor nor plain value."""
+        fault = damage(Path(path))
+        if fault is None:
+            try:
+                return torch.load(path, map_location=map_location, weights_only=True)
+            except UNREADABLE as error:
+                fault = str(error).split("\n")[0]
+        raise UserError(f"the checkpoint {path} cannot be read: {fault}. Set ckpt_path to another, or to last.")
+
+
+class Found(NamedTuple):
+    """A checkpoint to continue from: its file, the rollout batches trained, and the lines that each log had then."""
+
+    path: Path
+    rollouts_done: int
+    log_lines: dict[str, int]
+
+
+def damage(path: Path) -> str | None:
+    """Say what is wrong with a checkpoint file, None if it reads as it was written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (*UNREADABLE, zipfile.BadZipFile, NotImplementedError, struct.error, zlib.error) as error:
+        return str(error) or type(error).__name__
+    return None if bad is None else f"its part {bad} fails the checksum"
+
+
+def newest_checkpoint(folder: Path) -> Found | None:
+    """Return the checkpoint in a folder that is farthest and whole, None if there is none at all.
+
+    Damaged ones are warned of. Raises: UserError if there are checkpoints and none can be read.
+    """
+    found, faults = [], {}
+    for path in sorted(folder.glob("*.ckpt")):
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if "optimizer_states" in stored:
+                found.append(Found(path, stored["rollouts_done"], stored["log_lines"]))
+        except UNREADABLE as error:
+            faults[path] = " ".join(str(error).split())[:200]
+    for candidate in sorted(found, key=lambda f: (f.rollouts_done, f.path.name == LAST), reverse=True):
+        fault = damage(candidate.path)
+        if fault is None:
+            for path, reason in faults.items():
+                rank_zero_warn(f"{path} is damaged ({reason}): continuing from {candidate.path}")
+            return candidate
+        faults[candidate.path] = fault
+    if faults:
+        path, reason = next(iter(faults.items()))
+        raise UserError(
+            f"no checkpoint in {folder} can be read, such as {path.name}: {reason}. Remove {folder} to begin the run "
+            "anew, or set ckpt_path."
+        )
+    return None
 
 
 def check_checkpoint(

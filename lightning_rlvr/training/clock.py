@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -31,6 +31,11 @@ class Clock:
         finally:
             self._closed = False
             self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Add the seconds of an earlier part of the run."""
+        for name, more in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + more
 
     @staticmethod
     def _now() -> float:

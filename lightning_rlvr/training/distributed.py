@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,13 +19,26 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def all_ranks(here: bool) -> bool:
-    """Return whether `here` is true on every rank."""
+def largest(here: int) -> int:
+    """Return the largest of the values of all ranks."""
     if world_size() == 1:
         return here
-    agreed = torch.tensor(int(here), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
-    return bool(agreed)
+    agreed = torch.tensor(here, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+    return int(agreed)
+
+
+def all_ranks(here: bool) -> bool:
+    """Return whether `here` is true on every rank."""
+    return not largest(not here)
+
+
+def gather_objects(mine: Any) -> list[Any]:
+    """Return the objects of all ranks, by rank."""
+    out = [mine] * world_size()
+    if len(out) > 1:
+        dist.all_gather_object(out, mine)
+    return out
 
 
 def gather_shares(mine: Sequence[float]) -> list[float]:

@@ -24,14 +24,14 @@ class GroupBuffer:
         self.max_batches = max_batches
         self._useful: list[Experience] = []
         self._tied: list[Experience] = []
-        self._full = 0
+        self.wanted = 0  # groups in a full batch: as many as the largest rollout batch so far had
         self.batches = 0
         self.used = 0  # rollout batches that the last full batch took
 
     def add(self, experience: Experience, group_size: int) -> Experience | None:
         """Add a rollout batch; return a batch of as many groups once it is full on all ranks, else None."""
         here = len(experience.verdicts) // group_size
-        wanted = self._full = max(self._full, here)  # the last batch of a pass may be smaller
+        wanted = self.wanted = max(self.wanted, here)  # the last batch of a pass may be smaller
         for i in range(here):
             group = experience.rows(slice(i * group_size, (i + 1) * group_size))
             tied = len({verdict.score for verdict in group.verdicts}) == 1

@@ -377,12 +377,18 @@ class RLVRModule(LightningModule):
         if not self.reference_moved:
             checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("reference.")}
         checkpoint |= {name: getattr(self, name) for name in COUNTS}
+        checkpoint["groups_wanted"] = None if self.groups is None else self.groups.wanted
+        checkpoint["seconds"] = dict(self.clock.seconds)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the counts of a checkpoint of this policy and objective. Raises: UserError if it is of another."""
         check_checkpoint(checkpoint, self.state_dict(), self.objective_state)
         for name in COUNTS:
             setattr(self, name, checkpoint[name])
+        if self.groups is not None:
+            self.groups.wanted = checkpoint["groups_wanted"] or 0
+        self._logged_seconds = checkpoint["seconds"]
+        self.clock.add(checkpoint["seconds"])
 
     def teardown(self, stage: str) -> None:
         """Release the verifier's processes."""

@@ -14,10 +14,13 @@ def main():
     assert sys.argv[1] == "fit"
     values = dict(text.removeprefix("--").split("=", 1) for text in sys.argv[2:])
     run, behave = Path(values["run_dir"]), values.get("behave", "finish")
-    run.mkdir()  # it must not be there
+    goes_on = values.pop("ckpt_path", None) == "last"
+    run.mkdir(exist_ok=goes_on)  # else it must not be there
+    with (run / "begun").open("a") as file:
+        file.write("again" if goes_on else "new")
     if behave == "deaf":
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    arguments = [text for text in sys.argv[2:] if not text.startswith("--run_dir=")]
+    arguments = [text for text in sys.argv[2:] if not text.startswith(("--run_dir=", "--ckpt_path="))]
     trainer = {"max_epochs": 1, "max_steps": -1, "default_root_dir": str(run)}
     config = {"arguments": arguments, "trainer": trainer, "model": {"updates_per_rollout": 1}, "run_dir": str(run)}
     (run / "config.yaml").write_text(yaml.safe_dump(config))

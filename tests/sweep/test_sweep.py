@@ -81,7 +81,9 @@ def test_a_failed_run_is_reported_and_done_again_on_request(run_sweep, out, caps
     (out / "mended").touch()
     assert run_sweep({"retry": True}, **failing)
     assert records(out)["one/seed-1.json"] == before["one/seed-1.json"]
-    assert (out / ".unfinished" / "two-seed-1-1" / "seed-1.log").read_text().endswith("nothing works\n")
+    assert (out / "two" / "seed-1" / "begun").read_text() == "newagain"
+    assert (out / "two" / "seed-1.log").read_text().count("at work") == 2, "the log goes on too"
+    assert not (out / ".unfinished").exists()
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_a_dry_run_prints_what_is_left_to_do(run_sweep, out, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopping_stops_the_runs_and_they_start_anew_later(run_sweep, out, number):
+def test_stopping_stops_the_runs_and_they_go_on_later(run_sweep, out, number):
     at_work = out / "one" / "seed-1" / "metrics.csv"
     thread = when(at_work.exists, lambda: os.kill(os.getpid(), number))
     assert not run_sweep(variants=LINGER)
@@ -134,6 +136,18 @@ def test_stopping_stops_the_runs_and_they_start_anew_later(run_sweep, out, numbe
     assert not (out / "two").exists(), "nothing is started any more"
     (out / "go").touch()
     assert run_sweep(variants=LINGER)
+    assert (out / "one" / "seed-1" / "begun").read_text() == "newagain"
+    assert (out / "two" / "seed-1" / "begun").read_text() == "new"
+
+
+def test_a_run_that_was_cut_off_and_is_made_otherwise_now_starts_anew(run_sweep, out, tmp_path):
+    at_work = out / "one" / "seed-1" / "metrics.csv"
+    thread = when(at_work.exists, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert not run_sweep(variants=LINGER, seeds=[1])
+    thread.join()
+    (out / "go").touch()
+    assert run_sweep({"threads": 2}, variants=LINGER, seeds=[1])
+    assert (out / "one" / "seed-1" / "begun").read_text() == "new"
     assert (out / ".unfinished" / "one-seed-1-1" / "seed-1" / "summary.json").exists()
 
 

@@ -20,7 +20,7 @@ class EvaluateEnds(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate the policy as it was loaded; not in a run that was resumed."""
-        if trainer.global_step == 0:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.completed == 0:
             self._validate(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

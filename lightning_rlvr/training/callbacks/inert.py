@@ -22,6 +22,14 @@ class InertTerms(Callback):
     def __init__(self) -> None:
         self._idle: dict[str, int] = {}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return for how many batches each term has been idle."""
+        return {"idle": self._idle}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._idle = state_dict["idle"]
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of what the settings rule out."""
         module = cast("RLVRModule", pl_module)

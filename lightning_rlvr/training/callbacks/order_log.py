@@ -34,20 +34,31 @@ class OrderLog(Callback):
         path.write_text(json.dumps(about) + "\n", encoding="utf-8")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Check this rank's questions and write all ranks'."""
+        """Check this rank's questions."""
         module = cast("RLVRModule", pl_module)
         sampler, number = module.sampler, module.rollouts_done
         if sampler is None:
             return
-        datamodule = datamodule_of(trainer)
-        stage, epoch, questions = sampler.batch(number)
-        uids = [datamodule.questions["train"][i].uid for i in questions]
+        uids = self._uids(trainer, sampler.batch(number).questions)
         mine = [prompt.uid for prompt in batch.prompts]
         if mine != uids[sampler.rank :: sampler.world]:
             raise RuntimeError(
                 f"rollout batch {number} should train on {uids[sampler.rank :: sampler.world]}, got {mine}"
             )
-        if trainer.is_global_zero:
-            line = {"batch": number, "stage": stage, "epoch": epoch, "uids": uids}
-            with (Path(trainer.default_root_dir) / "order.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write all ranks' questions."""
+        module = cast("RLVRModule", pl_module)
+        sampler, number = module.sampler, module.rollouts_done - 1
+        if sampler is None or not trainer.is_global_zero:
+            return
+        stage, epoch, questions = sampler.batch(number)
+        line = {"batch": number, "stage": stage, "epoch": epoch, "uids": self._uids(trainer, questions)}
+        with (Path(trainer.default_root_dir) / "order.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    @staticmethod
+    def _uids(trainer: Trainer, questions: list[int]) -> list[str]:
+        return [datamodule_of(trainer).questions["train"][i].uid for i in questions]

@@ -58,7 +58,7 @@ class SampleTable(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 text = "\n\n---\n\n".join(f"{s['prompt']}\n\n> {s['response']}" for s in samples[: self.rows])
-                logger.experiment.add_text("samples", text, step)
+                logger.experiment.add_text("samples", text, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def sample_table(samples: list[dict[str, Any]], title: str) -> Table:

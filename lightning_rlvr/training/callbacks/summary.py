@@ -17,6 +17,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from lightning_rlvr.store import whole_file
+
 if TYPE_CHECKING:
     from lightning_rlvr.training.module import RLVRModule
 
@@ -32,21 +34,27 @@ class RunSummary(Callback):
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
+        self._before = 0.0  # seconds that the run had taken when it was resumed
+        self._peak = 0  # bytes, before it was resumed
         self._held_out: list[dict[str, float]] = []
         self._entropy: list[float] = []
         self._tokens = 0
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the run's folder, which the callbacks write into."""
-        Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
-
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must know of its beginning."""
-        return {"held_out": self._held_out, "entropy": self._entropy}
+        counts = {"tokens": self._tokens, "seconds": self._seconds(), "peak": self._peak_memory()}
+        return {"held_out": self._held_out, "entropy": self._entropy, **counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the summary of the run that is resumed."""
         self._held_out, self._entropy = state_dict["held_out"], state_dict["entropy"]
+        self._tokens, self._before, self._peak = (state_dict[name] for name in ("tokens", "seconds", "peak"))
+
+    def _seconds(self) -> float:
+        return self._before + time.perf_counter() - self._start
+
+    def _peak_memory(self) -> int:
+        return max(self._peak, peak_memory())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -71,7 +79,8 @@ class RunSummary(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the summary of a run that was cut short while it trained."""
         if self._entropy:
-            status = "interrupted" if isinstance(exception, KeyboardInterrupt) else f"failed: {exception!r}"
+            stopped = isinstance(exception, (KeyboardInterrupt, SystemExit))
+            status = "interrupted" if stopped else f"failed: {exception!r}"
             self._write(trainer, pl_module, status)
 
     @rank_zero_only
@@ -83,15 +92,16 @@ class RunSummary(Callback):
             "before": self._held_out[0] if self._held_out else None,
             "after": self._held_out[-1] if self._held_out else None,
             "train_entropy": {"first": self._entropy[0], "last": self._entropy[-1]} if self._entropy else None,
-            "seconds": {**seconds, "total": time.perf_counter() - self._start},
+            "seconds": {**seconds, "total": self._seconds()},
             "tokens_per_second": self._tokens * trainer.world_size / seconds["step"] if "step" in seconds else None,
-            "peak_memory_bytes": peak_memory(),
+            "peak_memory_bytes": self._peak_memory(),
             "optimizer_steps": trainer.global_step,
             "seed": module.seed,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         }
         root = Path(trainer.default_root_dir)
-        (root / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        with whole_file(root / "summary.json") as file:
+            file.write((json.dumps(summary, indent=2) + "\n").encode())
         Console().print(summary_table(summary), f"outputs: {root.resolve()}", sep="\n")
 
 
