@@ -39,7 +39,9 @@ RECIPES = sorted((ROOT / "configs").glob("sent_*.yaml"))
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_has_the_settings_of_the_release(recipe):
-    config = fit_config(["--config", str(recipe), "--config", str(ROOT / "configs" / "objectives" / "sent_release.yaml")])
+    config = fit_config(
+        ["--config", str(recipe), "--config", str(ROOT / "configs" / "objectives" / "sent_release.yaml")]
+    )
     model, data = config["model"], config["data"]
     assert model["objective"]["init_args"]["variant"] == "release"
     assert model["optimizer"]["init_args"]["lr"] == 1e-6
