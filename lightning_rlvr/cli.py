@@ -19,7 +19,7 @@ from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_rlvr import compare, data_check, evaluation
+from lightning_rlvr import compare, data_check, evaluation, preflight
 from lightning_rlvr.report import command as report
 from lightning_rlvr.store import whole_file
 from lightning_rlvr.sweep import command as sweep
@@ -48,7 +48,8 @@ PROGRAM = "python -m lightning_rlvr"
 DESCRIPTION = (
     "Train language models with verifiable rewards and watch their entropy. Beside the subcommands below there are, "
     f"with a --help of their own: `{PROGRAM} evaluate`, which takes models through benchmarks (pass@k, avg@k, maj@k "
-    "with intervals); `data check`, which checks the questions of a config; `compare`, which replays one rollout batch "
+    "with intervals); `preflight`, which says what a config takes before it is run; `data check`, which checks its "
+    "questions; `compare`, which replays one rollout batch "
     "under many objectives; `sweep`, which does every run of an experiment; and `report`, which makes its tables and "
     "figures."
 )
@@ -221,6 +222,22 @@ def check_data(words: list[str]) -> int:
     return report.exit_status
 
 
+def check_before(words: list[str]) -> int:
+    """`python -m lightning_rlvr preflight`: print the report, write it if asked to, return the exit status."""
+    chosen, rest = preflight.options(words)
+    built = ConfigOnly(["fit", *rest])
+    report = preflight.inspect(built.datamodule, built.model, fit_settings(built), chosen["gpu_memory"])
+    report.show()
+    if chosen["output"] is not None:
+        report.write(chosen["output"])
+    return report.exit_status
+
+
+def fit_settings(parsed: RLVRCLI) -> dict[str, Any]:
+    """Return the resolved config of `fit` as a run writes it into its config.yaml."""
+    return dict(yaml.safe_load(parsed.parser.dump(parsed.config, skip_none=False))["fit"])
+
+
 def fit_config(arguments: Sequence[str]) -> dict[str, Any]:
     """Return the resolved config of `fit` with these arguments, as a run writes it into its config.yaml.
 
@@ -233,8 +250,7 @@ def fit_config(arguments: Sequence[str]) -> dict[str, Any]:
             parsed = ConfigOnly(["fit", *arguments])
     except SystemExit as error:
         raise UserError(said.getvalue().removeprefix("error: ").rstrip()) from error
-    dumped: dict[str, Any] = yaml.safe_load(parsed.parser.dump(parsed.config, skip_none=False))
-    return dict(dumped["fit"])
+    return fit_settings(parsed)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -255,6 +271,8 @@ def main(args: list[str] | None = None) -> None:
             evaluation.main(words[1:])
         elif words[:2] == ["data", "check"]:
             sys.exit(check_data(words[2:]))
+        elif words[:1] == ["preflight"]:
+            sys.exit(check_before(words[1:]))
         elif words[:1] == ["report"]:
             report.main(words[1:])
         elif words[:1] == ["sweep"]:

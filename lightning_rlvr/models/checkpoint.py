@@ -15,7 +15,7 @@ from lightning_rlvr.models.source import Policy, PolicySource
 from lightning_rlvr.types import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PREFIX = "policy."  # of the policy's weights among a checkpoint's
 
@@ -56,6 +56,10 @@ class Checkpoint(PolicySource):
                 "Set the checkpoint's path or source."
             ) from error
         return policy
+
+    def skeleton(self) -> PreTrainedModel:
+        """Return the model that training began with, without weights."""
+        return self._origin().skeleton()
 
     def fingerprint(self) -> str:
         """Hash the file's content and what decides the policy that training began with."""

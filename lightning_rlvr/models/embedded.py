@@ -84,6 +84,11 @@ class Embedded(PolicySource):
             model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
         return Policy(finish_model(model), AutoTokenizer.from_pretrained(self.folder))
 
+    def skeleton(self) -> PreTrainedModel:
+        """Return the model without weights."""
+        with torch.device("meta"):
+            return finish_model(self._initial(self.tokenizer()))
+
     def fingerprint(self) -> str:
         """Hash the settings, the teacher's settings and first examples, and the versions that matter."""
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("teacher", "cache_dir")}

@@ -38,7 +38,7 @@ def packed_states(backbone: nn.Module, rollouts: Rollouts) -> States:
     start = int(rollouts.prompt_mask.any(dim=0).int().argmax())
     ids, seen = rollouts.prompt_ids[prompts, start:], rollouts.prompt_mask[prompts, start:]
     cache = DynamicCache()  # made without the config it keeps all of a prompt, also where attention slides
-    last = _run(backbone, ids, seen, cache)[:, -1]
+    last = run_backbone(backbone, ids, seen, cache)[:, -1]
     lengths = rollouts.mask.sum(dim=1)
     order = lengths.argsort(descending=True, stable=True)
     hidden = []
@@ -51,14 +51,14 @@ def packed_states(backbone: nn.Module, rollouts: Rollouts) -> States:
             # What lies behind a response's end needs no mask: no token looks ahead.
             known = torch.cat([seen[whose], torch.ones_like(response, dtype=torch.bool)], dim=1)
             shared = DynamicCache([(keys[whose], values[whose]) for keys, values, *_ in cache])
-            states = torch.cat([states, _run(backbone, response, known, shared)], dim=1)
+            states = torch.cat([states, run_backbone(backbone, response, known, shared)], dim=1)
         counted = rollouts.mask[rows, :width].flatten().nonzero().squeeze(-1)
         states = states.flatten(0, 1)
         hidden.append(states if len(counted) == len(states) else states[counted])
     return States(torch.cat(hidden), order)
 
 
-def _run(backbone: nn.Module, ids: Tensor, seen: Tensor, cache: object) -> Tensor:
+def run_backbone(backbone: nn.Module, ids: Tensor, seen: Tensor, cache: object) -> Tensor:
     """Return the last hidden states of `ids`; `seen` also covers what the cache holds."""
     positions = (seen.long().cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     output = backbone(

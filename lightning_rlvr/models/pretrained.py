@@ -23,7 +23,7 @@ from lightning_rlvr.models.source import Policy, PolicySource, finish_model, fin
 from lightning_rlvr.types import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NAME_KEY = "Set model.policy.init_args.name (in evaluate: models)."
 PACKAGE = "package:"
@@ -89,6 +89,25 @@ class Pretrained(PolicySource):
                 trust_remote_code=self.trust_remote_code,
             )
         return Policy(finish_model(model), self.tokenizer())
+
+    def skeleton(self) -> PreTrainedModel:
+        """Return the model without weights, by its config.json (or GGUF file).
+
+        Raises: UserError if there is none where `name` says, or transformers does not know the model.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        folder = self._folder(weights=False)
+        with self._explained(folder):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    config,
+                    dtype=getattr(torch, self.dtype),
+                    attn_implementation=self.attn_implementation,
+                    trust_remote_code=self.trust_remote_code,
+                )
+        return finish_model(model)
 
     def fingerprint(self) -> str:
         """Hash the settings and the content of the model's folder; a file is read once in a process."""

@@ -54,6 +54,13 @@ class PolicySource(ABC):
         Leaves the global random state as it was. Raises UserError if the policy cannot be had.
         """
 
+    def skeleton(self) -> PreTrainedModel:
+        """Return the model as `load` gives it, on the meta device: shapes without weights, from small files only.
+
+        Raises: UserError if the source does not know its model before its weights, or cannot be found.
+        """
+        raise UserError(f"{type(self).__name__} cannot say what its model is without its weights. Set model.policy.")
+
     @abstractmethod
     def fingerprint(self) -> str:
         """Return a hash of all that decides the weights, the same in every process."""

@@ -1,5 +1,8 @@
 """Every config parses into objects, and overrides reach what interpolates them."""
 
+import os
+import subprocess
+
 import pandas as pd
 import pytest
 import yaml
@@ -29,6 +32,48 @@ def test_config_parses(config, capsys):
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_run_of_an_experiment_has_a_config(experiment):
     check(read_experiment(experiment), fit_config)
+
+
+RECIPES = sorted((ROOT / "configs").glob("sent_*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_has_the_settings_of_the_release(recipe):
+    config = fit_config(
+        ["--config", str(recipe), "--config", str(ROOT / "configs" / "objectives" / "sent_release.yaml")]
+    )
+    model, data = config["model"], config["data"]
+    assert model["objective"]["init_args"]["variant"] == "release"
+    assert model["optimizer"]["init_args"]["lr"] == 1e-6
+    assert (model["sampling"]["max_new_tokens"], model["sampling"]["temperature"]) == (2048, 1.0)
+    assert (data["prompts_per_batch"], data["group_size"], model["updates_per_rollout"]) == (256, 8, 2)
+    assert (data["max_prompt_tokens"], data["curriculum"]["stages"], data["curriculum"]["epochs"]) == (1024, 2, 5)
+    assert model["policy"]["init_args"]["dtype"] == "float32"  # a step of 1e-6 is lost in bfloat16 weights
+    assert data["prompts_per_batch"] % config["trainer"]["devices"] == 0
+
+
+def test_the_papers_experiments_print_their_commands(tmp_path, capsys):
+    path = ROOT / "experiments" / "paper_table_1.5b.yaml"
+    main(["sweep", str(path), "--dry_run", "--output", str(tmp_path)])
+    commands = capsys.readouterr().out.splitlines()
+    assert len(commands) == 9 * 3
+    assert all("sent_1.5b.yaml" in command for command in commands)
+    assert sum("kl_cov.yaml" in command for command in commands) == 3
+
+
+STARTS = {"torchrun": {"DEVICES": "4"}, "slurm": {"SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "1"}}
+
+
+@pytest.mark.parametrize("script", STARTS)
+def test_a_script_starts_fit_with_its_processes(script, tmp_path):
+    for name in ("torchrun", "srun"):
+        (tmp_path / name).write_text('#!/bin/sh\necho "$0 $*"\n')
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **STARTS[script]}
+    command = [str(ROOT / "scripts" / f"{script}.sh"), "configs/sent_1.5b.yaml", "--model.seed", "2"]
+    said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    wanted = "-m lightning_rlvr fit --config configs/sent_1.5b.yaml --trainer.devices 4 --trainer.num_nodes 1"
+    assert said.strip().endswith(f"{wanted} --model.seed 2")
 
 
 def test_an_override_reaches_what_interpolates_it(capsys):

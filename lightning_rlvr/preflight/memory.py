@@ -1,0 +1,205 @@
+"""The memory of one process at each moment of a training step, in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_rlvr.models.packing import parts_of
+from lightning_rlvr.ops.linear_logprob import ACCELERATOR_BYTES, CPU_BYTES
+from lightning_rlvr.preflight.trace import optimizer_step, prompt_pass, update_pass
+from lightning_rlvr.types import Rollouts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lightning_rlvr.preflight.placement import Placement
+
+# Of a response token: sampled (randomness, id, log-probability, entropy, 8 bytes each), and as it is returned.
+SAMPLED_BYTES, RETURNED_BYTES = 32, 25
+PLANNED_BYTES = 120  # of a response token of all ranks while the objective plans: statistics, order, masks, weights
+ADAM_STATES = 2  # assumed of an optimizer that cannot be traced, in the weights' dtype
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one process has at hand in a step.
+
+    Args:
+        prompts: of a rollout batch, on this rank.
+        samples: responses to each.
+        prompt_tokens, response_tokens: the most that each has.
+        updates: optimizer steps on a rollout batch.
+        micro_batch_size: rows of the greatest length in a pass.
+        rollout_rows: rows decoded at a time.
+        eval_prompts, eval_samples, eval_tokens: the same of validation; 0 prompts without.
+        with_entropy: whether the loss reads entropies with their gradient.
+        recompute: whether statistics take a pass of their own, at least for the first rollout batch.
+        temperature: of sampling.
+    """
+
+    prompts: int
+    samples: int
+    prompt_tokens: int
+    response_tokens: int
+    updates: int
+    micro_batch_size: int
+    rollout_rows: int
+    eval_prompts: int
+    eval_samples: int
+    eval_tokens: int
+    with_entropy: bool
+    recompute: bool
+    temperature: float
+
+    def largest_part(self, joined: bool) -> tuple[int, int, int]:
+        """Return prompts and rows of the largest micro-batch, and the number of those, if all responses are full."""
+        rows = -(-self.prompts // self.updates) * self.samples
+        if joined:
+            most = min(self.micro_batch_size, rows)
+            return most, most, -(-rows // most)
+        group = torch.arange(rows) // self.samples
+        none = torch.zeros(1).expand(rows, self.response_tokens)
+        every = Rollouts(
+            prompt_ids=group[:, None].expand(rows, self.prompt_tokens),
+            prompt_mask=torch.ones(1, dtype=torch.bool).expand(rows, self.prompt_tokens),
+            response_ids=torch.zeros(1, dtype=torch.long).expand(none.shape),
+            mask=torch.ones(1, dtype=torch.bool).expand(none.shape),
+            logp=none,
+            entropy=none,
+            truncated=none[:, 0].bool(),
+        )
+        parts = [group[part] for part in parts_of(every, torch.arange(rows), self.micro_batch_size)]
+        sizes = [(len(part.unique()), len(part)) for part in parts]
+        largest = max(sizes, key=lambda size: size[0] * self.prompt_tokens + size[1] * self.response_tokens)
+        return *largest, len(parts)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process: `parts` are there all the time, `moments` come on top of them, one after another."""
+
+    parts: dict[str, int]
+    moments: dict[str, dict[str, int]]
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """The most at each moment."""
+        held = sum(self.parts.values())
+        return {name: held + sum(of.values()) for name, of in self.moments.items()}
+
+    @property
+    def peak(self) -> int:
+        """The most at any moment."""
+        return max(self.totals.values())
+
+
+def estimate(
+    model: PreTrainedModel,
+    work: Work,
+    place: Placement,
+    make_optimizer: Callable[[Any], torch.optim.Optimizer],
+    reference: bool,
+) -> Memory:
+    """Return the memory of a process from the second step on, if all prompts and responses are as long as they may be.
+
+    What is read from the model is traced (see trace.py); the vocabulary's head, the sampler and the keys and values of
+    responses follow the formulas of the code that holds them.
+    """
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    head = model.get_output_embeddings()
+    vocabulary = Vocabulary(*head.weight.shape, head.weight.element_size(), place)
+    optimizer = optimizer_step(model, make_optimizer, place.accelerator)
+    state, extra = optimizer or (ADAM_STATES * weights, weights)
+    parts = {
+        "weights": weights // place.weights,
+        "gradients": weights // place.gradients,
+        "optimizer": (state + place.master_bytes * weights // head.weight.element_size()) // place.optimizer,
+        "reference": weights // place.weights if reference else 0,
+        "communication": weights if place.buckets else 0,
+        "batch": work.prompts * work.samples * (work.response_tokens * RETURNED_BYTES + work.prompt_tokens * 9),
+    }
+    planned = work.prompts * place.world * work.samples * work.response_tokens * PLANNED_BYTES
+    moments = {
+        "rollout": _rollout(model, work, place, vocabulary),
+        "plan": {"statistics of all ranks": planned},
+        "update": _update(model, work, place, vocabulary),
+        "optimizer step": {"temporaries": extra // place.optimizer},
+    }
+    if work.recompute:
+        moments["statistics"] = _statistics(model, work, place, vocabulary)
+    return Memory(parts, moments)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The head over a vocabulary: see ops.linear_logprob and rollout.sampling for what each holds."""
+
+    size: int
+    hidden: int
+    weight_bytes: int
+    place: Placement
+
+    def head(self, tokens: int, with_entropy: bool, gradient: bool, temperature: float) -> tuple[int, int]:
+        """Return the most bytes while values and gradient are formed, and those of the gradient that is kept."""
+        most = ACCELERATOR_BYTES if self.place.accelerator else CPU_BYTES
+        buffer = min(max(1, most // (4 * self.size)), tokens) * self.size * 4
+        copies = 3 * buffer if with_entropy else (1 + (temperature != 1.0)) * buffer  # of what the buffer holds
+        matrix = 0
+        if self.place.autocast is not None:  # rounded, and on a CPU widened again
+            matrix = self.size * self.hidden * (2 if self.place.accelerator else 6)
+        kept = 4 * (tokens + self.size) * self.hidden if gradient else 0
+        return buffer + (copies if self.place.accelerator else 0) + matrix + kept, kept
+
+    def sampler(self, rows: int) -> int:
+        """Return the bytes of the logits of a step's tokens and what is made of them."""
+        logits = rows * self.size * (2 if self.place.autocast is not None else self.weight_bytes)
+        return 2 * logits + (8 * rows * self.size if self.place.accelerator else 0)
+
+
+def _rollout(model: PreTrainedModel, work: Work, place: Placement, vocabulary: Vocabulary) -> dict[str, int]:
+    """Keys and values of prompts and responses, or what it takes to read the prompts, in training or validation."""
+    found: list[dict[str, int]] = []
+    for prompts, samples, tokens in (
+        (work.prompts, work.samples, work.response_tokens),
+        (work.eval_prompts, work.eval_samples, work.eval_tokens),
+    ):
+        if not prompts:
+            continue
+        groups = min(prompts, max(1, work.rollout_rows // samples))
+        rows = groups * samples
+        read = prompt_pass(model, groups, work.prompt_tokens, place.autocast)
+        own = read.cache // (groups * work.prompt_tokens) * rows * tokens
+        heads = getattr(model.config, "num_attention_heads", 1)
+        scores = 3 * 4 * rows * heads * (work.prompt_tokens + tokens)
+        found.append({
+            "keys and values": read.cache + own,
+            "logits": max(vocabulary.sampler(rows) + scores, read.peak - read.cache),
+            "sampled tokens": prompts * samples * tokens * SAMPLED_BYTES,
+        })  # fmt: skip
+    largest = max(found, key=lambda one: sum(one.values()))
+    return {**largest, "gathered weights": place.gathered_whole(model)}
+
+
+def _statistics(model: PreTrainedModel, work: Work, place: Placement, vocabulary: Vocabulary) -> dict[str, int]:
+    """A pass without gradients: no more than the forward pass of an update, of one layer at a time."""
+    prompts, rows, _ = work.largest_part(place.joined)
+    read = prompt_pass(model, max(1, prompts), work.prompt_tokens, place.autocast)
+    own = read.cache // (max(1, prompts) * work.prompt_tokens) * rows * (work.prompt_tokens + work.response_tokens)
+    peak, _ = vocabulary.head(rows * work.response_tokens, True, False, work.temperature)
+    return {"keys and values": read.cache + own, "logits buffer": peak, "gathered weights": place.gathered_parts(model)}
+
+
+def _update(model: PreTrainedModel, work: Work, place: Placement, vocabulary: Vocabulary) -> dict[str, int]:
+    """Activations and the head's buffer, then the backward pass with the head's gradients waiting."""
+    prompts, rows, _ = work.largest_part(place.joined)
+    widths = work.prompt_tokens, work.response_tokens
+    traced = update_pass(model, prompts, rows, widths, place.joined, place.autocast)
+    tokens = rows * work.response_tokens
+    peak, kept = vocabulary.head(tokens, work.with_entropy, True, work.temperature)
+    # The embedding's gradient is as large as the weight, and is formed last.
+    beyond = max(peak, traced.peak - traced.activations + kept)
+    return {"activations": traced.activations, "logits buffer": beyond, "gathered weights": place.gathered_parts(model)}

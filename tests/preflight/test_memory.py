@@ -1,0 +1,112 @@
+"""The estimate against tensors that really lived in training."""
+
+from dataclasses import replace
+from functools import partial
+
+import lightning
+import pytest
+import torch
+from support import Counting, ManyVowels, TinyPolicy
+
+from lightning_rlvr import preflight
+from lightning_rlvr.curriculum import Curriculum
+from lightning_rlvr.models import Policy
+from lightning_rlvr.objectives import SENT
+from lightning_rlvr.ops.linear_logprob import linear_logprob_loss
+from lightning_rlvr.preflight.memory import Vocabulary
+from lightning_rlvr.preflight.placement import Placement, placement
+from lightning_rlvr.preflight.trace import LiveBytes
+from lightning_rlvr.training import RLVRDataModule, RLVRModule
+from lightning_rlvr.types import Sampling, UserError
+
+
+class SmallPolicy(TinyPolicy):
+    """Large enough for its tensors to outweigh what Python and Lightning hold beside."""
+
+    def load(self):
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        tokenizer = self.tokenizer()
+        config = Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=24,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+        torch.manual_seed(self.seed)
+        model = Qwen3ForCausalLM(config).eval()
+        model.lm_head.weight.data[tokenizer.eos_token_id] = 0  # tied: responses seldom end before their limit
+        return Policy(model, tokenizer)
+
+    def skeleton(self):
+        return self.load().model.to("meta")
+
+
+MISSED = pytest.mark.xfail(reason="the whole batch in one part is not met yet; by how much is not known", strict=True)
+
+
+@pytest.mark.parametrize("micro", [4, pytest.param(64, marks=MISSED)])
+def test_the_peak_is_within_15_percent_of_what_lived(tmp_path, micro):
+    module = RLVRModule(
+        SmallPolicy(),
+        SENT(),
+        ManyVowels(),
+        Sampling(48),
+        optimizer=partial(torch.optim.AdamW, lr=1e-6),
+        micro_batch_size=micro,
+        pass_at=[1],
+    )
+    order = Curriculum(order="shuffled", stages=1)
+    data = RLVRDataModule(Counting(16, 100), prompts_per_batch=8, group_size=4, curriculum=order)
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    with LiveBytes() as live:
+        trainer.fit(module, data)
+    said = preflight.inspect(data, module, {"trainer": {"accelerator": "cpu", "devices": 1}})
+    assert said.memory.peak == pytest.approx(live.peak, rel=0.15)
+    assert max(said.memory.totals, key=said.memory.totals.get) == "update"
+
+
+def test_the_head_takes_what_its_formula_says():
+    size, hidden, tokens = 20_000, 32, 300
+    weight, states = torch.randn(size, hidden, requires_grad=True), torch.randn(tokens, hidden, requires_grad=True)
+    with LiveBytes() as live:
+        linear_logprob_loss(
+            states, weight, torch.zeros(tokens, dtype=torch.long), torch.tensor([150, 150]), lambda logp, *_: logp.sum()
+        )
+    peak, kept = Vocabulary(size, hidden, 4, Placement()).head(tokens, True, True, 1.0)
+    assert peak == pytest.approx(live.peak, rel=0.15)
+    assert kept == 4 * (size + tokens) * hidden
+
+
+def test_a_strategy_shares_out_what_it_shards():
+    four = {"accelerator": "gpu", "devices": 4, "precision": "bf16-mixed"}
+    ddp, fsdp = (placement({**four, "strategy": name}, False) for name in ("ddp", "fsdp"))
+    assert (ddp.world, ddp.weights, ddp.optimizer, ddp.buckets) == (4, 1, 1, True)
+    assert (fsdp.weights, fsdp.gradients, fsdp.optimizer, fsdp.joined) == (4, 4, 4, True)
+    view = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"gradient_as_bucket_view": True}}
+    assert placement({**four, "strategy": view}, False) == replace(ddp, buckets=False)
+    two, three = (placement({**four, "strategy": f"deepspeed_stage_{stage}"}, False) for stage in (2, 3))
+    assert (two.weights, two.gradients, two.optimizer, two.master_bytes) == (1, 4, 4, 4)
+    assert (three.weights, three.dtype, three.autocast) == (4, torch.bfloat16, None)
+    assert placement({"accelerator": "auto", "devices": "0,1", "num_nodes": 2}, False).world == 4
+
+
+@pytest.mark.parametrize(("key", "value"), [("strategy", "telepathy"), ("precision", "4-bit")])
+def test_what_cannot_be_counted_is_refused(key, value):
+    with pytest.raises(UserError, match=f"got {value}. Set trainer.{key}"):
+        placement({"devices": 1, key: value}, False)
