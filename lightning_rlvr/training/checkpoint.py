@@ -10,7 +10,14 @@ from torch import Tensor
 from lightning_rlvr.types import UserError
 
 # Attributes of the module that are saved.
-COUNTS = ("rollouts_done", "batches_trained", "objective_state", "reference_moved", "recording_agrees")
+COUNTS = (
+    "rollouts_done",
+    "batches_trained",
+    "skipped_in_a_row",
+    "objective_state",
+    "reference_moved",
+    "recording_agrees",
+)
 
 
 def check_checkpoint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,14 @@ def all_ranks(here: bool) -> bool:
     agreed = torch.tensor(int(here), device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
     return bool(agreed)
+
+
+def gather_objects(mine: Any) -> list[Any]:
+    """Return the objects of all ranks, by rank."""
+    out = [mine] * world_size()
+    if len(out) > 1:
+        dist.all_gather_object(out, mine)
+    return out
 
 
 def gather_shares(mine: Sequence[float]) -> list[float]:

@@ -1,6 +1,7 @@
 """Callbacks: one concern each."""
 
 from lightning_rlvr.training.callbacks.adaptive_order import AdaptiveOrder
+from lightning_rlvr.training.callbacks.entropy_alarm import EntropyAlarm
 from lightning_rlvr.training.callbacks.evaluate_ends import EvaluateEnds
 from lightning_rlvr.training.callbacks.export import ExportPolicy
 from lightning_rlvr.training.callbacks.inert import InertTerms
@@ -15,6 +16,7 @@ from lightning_rlvr.training.callbacks.summary import RunSummary
 
 __all__ = [
     "AdaptiveOrder",
+    "EntropyAlarm",
     "EvaluateEnds",
     "ExportPolicy",
     "InertTerms",
