@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +22,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_rlvr import compare, data_check, evaluation
 from lightning_rlvr.report import command as report
+from lightning_rlvr.store import user_path
 from lightning_rlvr.sweep import command as sweep
 from lightning_rlvr.training import RLVRDataModule, RLVRModule, Trainer
 from lightning_rlvr.training.callbacks import (
     AdaptiveOrder,
+    EntropyAlarm,
     EvaluateEnds,
     ExportPolicy,
     InertTerms,
@@ -40,6 +43,7 @@ from lightning_rlvr.training.callbacks import (
 from lightning_rlvr.types import UserError
 
 PROGRAM = "python -m lightning_rlvr"
+MESSAGE = 1000  # characters of what a parser says
 DESCRIPTION = (
     "Train language models with verifiable rewards and watch their entropy. Beside the subcommands below there are, "
     f"with a --help of their own: `{PROGRAM} evaluate`, which takes models through benchmarks (pass@k, avg@k, maj@k "
@@ -98,11 +102,23 @@ class RLVRCLI(LightningCLI):
         parser.add_lightning_class_args(SampleTable, "samples")
         parser.add_lightning_class_args(SaveRollouts, "save_rollouts")
         parser.add_lightning_class_args(TokenLedger, "ledger")
+        parser.add_lightning_class_args(EntropyAlarm, "entropy_alarm")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read the command line and its files. Raises: UserError, whatever they hold and whichever parser chokes."""
+        try:
+            super().parse_arguments(parser, args)
+        except Exception as error:
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:MESSAGE]
+            raise UserError(
+                f"the config must be UTF-8 YAML of the keys that --print_config shows, but reading it failed: {said}. "
+                "Set what it names, or the file given with --config."
+            ) from error
 
     def before_instantiate_classes(self) -> None:
         """Claim the run's folder."""
         config = self.config[self.subcommand]
-        config.run_dir = str(free_folder(Path(config.run_dir).expanduser()))
+        config.run_dir = str(free_folder(user_path(config.run_dir, "run_dir")))
         config.trainer.default_root_dir = config.run_dir
         checkpoint = config.get("ckpt_path")
         if checkpoint not in (None, "best", "last", "hpc", "registry") and not Path(checkpoint).exists():
@@ -119,6 +135,12 @@ class RLVRCLI(LightningCLI):
             said = [line.removeprefix("  - ") for line in str(error).splitlines() if line.startswith("  - ")]
             reasons = [line for line in said if not line.startswith("Expected a ")]
             raise UserError("; ".join(reasons) or str(error)) from error
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # a value of another kind
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"a value of the config must be of the kind that --help shows, but building what it names failed with "
+                f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})."
+            ) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> lightning.Trainer:
         """Add the callbacks that every run has, and loggers into its folder unless others are configured."""
@@ -189,8 +211,11 @@ def fit_config(arguments: Sequence[str]) -> dict[str, Any]:
 def free_folder(wanted: Path) -> Path:
     """Return the folder, or the first of wanted-2, wanted-3, ... that does not exist or is empty.
 
-    Raises: UserError if it could not be written to.
+    Raises: UserError if it could not be written to, or has no name to add a number to.
     """
+    wanted = wanted if wanted.name not in ("", "..") else Path(os.path.normpath(wanted.absolute()))
+    if not wanted.name:
+        raise UserError(f"run_dir must be a folder with a name, got {wanted}. Set run_dir.")
     there = next(path for path in (wanted, *wanted.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"run_dir must be a folder that can be written, got {wanted}: {there} is not. Set run_dir.")
