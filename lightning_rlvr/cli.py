@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +22,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_rlvr import compare, data_check, evaluation, preflight
 from lightning_rlvr.report import command as report
-from lightning_rlvr.store import whole_file
+from lightning_rlvr.store import user_path, whole_file
 from lightning_rlvr.sweep import command as sweep
 from lightning_rlvr.training import RLVRDataModule, RLVRModule, Trainer
 from lightning_rlvr.training.callbacks import (
     AdaptiveOrder,
+    EntropyAlarm,
     EvaluateEnds,
     ExportPolicy,
     InertTerms,
@@ -45,6 +47,7 @@ from lightning_rlvr.training.run_dir import CONFIG, continued, free_folder
 from lightning_rlvr.types import UserError
 
 PROGRAM = "python -m lightning_rlvr"
+MESSAGE = 1000  # characters of what a parser says
 DESCRIPTION = (
     "Train language models with verifiable rewards and watch their entropy. Beside the subcommands below there are, "
     f"with a --help of their own: `{PROGRAM} evaluate`, which takes models through benchmarks (pass@k, avg@k, maj@k "
@@ -125,6 +128,18 @@ class RLVRCLI(LightningCLI):
         parser.add_lightning_class_args(SampleTable, "samples")
         parser.add_lightning_class_args(SaveRollouts, "save_rollouts")
         parser.add_lightning_class_args(TokenLedger, "ledger")
+        parser.add_lightning_class_args(EntropyAlarm, "entropy_alarm")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read the command line and its files. Raises: UserError, whatever they hold and whichever parser chokes."""
+        try:
+            super().parse_arguments(parser, args)
+        except Exception as error:
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:MESSAGE]
+            raise UserError(
+                f"the config must be UTF-8 YAML of the keys that --print_config shows, but reading it failed: {said}. "
+                "Set what it names, or the file given with --config."
+            ) from error
 
     def _parse_ckpt_path(self) -> None:
         """Take no settings from the checkpoint: config.yaml has them, and a checkpoint is checked before it is read."""
@@ -132,7 +147,7 @@ class RLVRCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Choose the run's folder, and the checkpoint that `last` stands for."""
         config = self.config[self.subcommand]
-        wanted, checkpoint = Path(config.run_dir).expanduser(), config.get("ckpt_path")
+        wanted, checkpoint = user_path(config.run_dir, "run_dir"), config.get("ckpt_path")
         checkpoints = Path(config.checkpoint.dirpath or wanted / "checkpoints")
         folder = wanted
         if checkpoint == "last" and self.subcommand == "fit":
@@ -167,6 +182,12 @@ class RLVRCLI(LightningCLI):
             said = [line.removeprefix("  - ") for line in str(error).splitlines() if line.startswith("  - ")]
             reasons = [line for line in said if not line.startswith("Expected a ")]
             raise UserError("; ".join(reasons) or str(error)) from error
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # a value of another kind
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"a value of the config must be of the kind that --help shows, but building what it names failed with "
+                f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})."
+            ) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> lightning.Trainer:
         """Add the callbacks that every run has, and loggers into its folder unless others are configured."""

@@ -109,7 +109,8 @@ class Store:
 
     def _ordered(self, order: Sequence[str]) -> list[Record]:
         self.check()
-        records = [record for part in self._files() for record in pq.read_table(part).to_pylist()]
+        remedy = f"{self.setting}, or remove {self.parts}"
+        records = [record for part in self._files() for record in _read(part, remedy).to_pylist()]
         by_key = {record[self.key]: record for record in records}
         twice = sorted({record[self.key] for record in records if record != by_key[record[self.key]]})
         if twice or by_key.keys() != set(order):
@@ -131,7 +132,7 @@ class Store:
         return sorted(self.parts.glob("[0-9]*.parquet"))
 
     def _column(self, file: Path) -> list[str]:
-        names: list[str] = pq.read_table(file, columns=[self.key]).column(0).to_pylist()
+        names: list[str] = _read(file, f"{self.setting}, or remove {file}", [self.key]).column(0).to_pylist()
         return names
 
     def _write(self, records: Sequence[Record], file: Path) -> bool:
@@ -141,7 +142,7 @@ class Store:
         partial = file.with_name(f".{file.name}.{os.getpid()}")
         try:
             with partial.open("wb") as out:
-                pq.write_table(table, out)
+                pq.write_table(table, out, write_page_checksum=True)
                 out.flush()
                 os.fsync(out.fileno())
             os.link(partial, file)
@@ -182,6 +183,22 @@ def whole_file(path: Path, keep_old_as: Path | None = None) -> Iterator[IO[bytes
         raise
 
 
+def user_path(text: str | Path, key: str) -> Path:
+    """Return the path that a user's text means, `~` expanded, whether there is anything or not.
+
+    Raises: UserError if nothing could be there: the name is too long, holds what no name may, or is of an unknown user.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{key} must be a path, got {str(text)[:200]!r}: {reason}. Set {key}.") from error
+    return path
+
+
 def sync_folder(folder: Path) -> None:
     """Have the names of the files in a folder written to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -194,19 +211,27 @@ def sync_folder(folder: Path) -> None:
 def read_records(path: Path, manifest: Mapping[str, Any], setting: str = "output") -> pd.DataFrame:
     """Read a finished file that was made for exactly this manifest.
 
-    Raises: UserError if it is missing or no such file, or that says what differs.
+    Raises: UserError if it is missing, damaged or no such file, or that says what differs.
     """
     compare_manifests(read_manifest(path, setting), manifest, path, setting)
-    return pq.read_table(path).to_pandas()
+    return _read(path, setting).to_pandas()
 
 
 def read_manifest(path: Path, setting: str = "output") -> dict[str, Any]:
     """Return the manifest in a file. Raises: UserError if there is none that can be read."""
     try:
-        stored = json.loads((pq.read_schema(path).metadata or {})[b"manifest"])
-    except (OSError, pa.ArrowInvalid, json.JSONDecodeError, KeyError) as error:
+        return dict(json.loads((pq.read_schema(path).metadata or {})[b"manifest"]))
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path} as a file of this program: {error!r}. Set {setting}.") from error
-    return dict(stored)
+
+
+def _read(path: Path, setting: str, columns: list[str] | None = None) -> pa.Table:
+    """Read a file's records. Raises: UserError if they are damaged, by the checksums of their pages."""
+    try:
+        return pq.read_table(path, columns=columns, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} is damaged: {reason}. Set {setting}, or remove it to have it made anew.") from error
 
 
 def compare_manifests(

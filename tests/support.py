@@ -190,3 +190,46 @@ class Mortal(ManyVowels):
         if self.left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(responses, prompts)
+
+
+def train(tmp_path, objective=None, dtype="float64", updates=3, lr=1e-3, reward=None, rollouts_done=0, **settings):
+    """Train a tiny policy without the command line; by default with SENT, whose every term moves it."""
+    from functools import partial
+
+    import lightning
+
+    from lightning_rlvr.curriculum import Curriculum
+    from lightning_rlvr.objectives import SENT
+    from lightning_rlvr.training import RLVRDataModule, RLVRModule
+    from lightning_rlvr.types import Sampling
+
+    module = RLVRModule(
+        TinyPolicy(dtype=dtype),
+        objective or SENT(low_entropy_quantile=0.8, high_cov_fraction=0.1, beta_low=0.5, beta_high=2.0),
+        reward or ManyVowels(),
+        Sampling(10),
+        optimizer=partial(torch.optim.AdamW, lr=lr),
+        pass_at=[1],
+        **settings,
+    )
+    module.rollouts_done = rollouts_done
+    data = RLVRDataModule(
+        train=Counting(24), prompts_per_batch=6, group_size=4, curriculum=Curriculum(order="shuffled", stages=1)
+    )
+    trainer = lightning.Trainer(
+        max_steps=updates,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, data)
+    return module, trainer
+
+
+def weights(module):
+    """The policy's parameters by name."""
+    return dict(module.policy.named_parameters())

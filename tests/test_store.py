@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from support import ROOT
 
-from lightning_rlvr.store import Store, compare_manifests, read_manifest, read_records
+from lightning_rlvr.store import Store, compare_manifests, read_manifest, read_records, user_path, whole_file
 from lightning_rlvr.types import UserError
 
 MANIFEST = {"policy": "tiny", "sampling": {"temperature": 1.0}, "ks": [1, 2]}
@@ -187,3 +187,45 @@ def test_a_claim_ends_with_the_process_that_holds_it(tmp_path):
         for process in (holder, waiter):
             process.kill()
             process.communicate()
+
+
+def test_a_damaged_page_is_not_read_as_other_records(tmp_path):
+    path = tmp_path / "a.parquet"
+    data = finished(path, [ORDER])
+    at = data.index(b"late")
+    path.write_bytes(data[:at] + b"soon" + data[at + 4 :])
+    with pytest.raises(UserError, match=r"a\.parquet is damaged.*Set output"):
+        read_records(path, MANIFEST)
+
+
+def test_a_damaged_part_names_the_folder_to_remove(tmp_path):
+    path = tmp_path / "a.parquet"
+    Store(path, MANIFEST).append([record(uid) for uid in ORDER])
+    (part,) = (tmp_path / "a.parquet.parts").iterdir()
+    data = part.read_bytes()
+    at = data.index(b"late")
+    part.write_bytes(data[:at] + b"soon" + data[at + 4 :])
+    with pytest.raises(UserError, match=r"damaged.*remove .*a\.parquet\.parts"):
+        Store(path, MANIFEST).finish(ORDER)
+
+
+def test_a_file_is_there_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), whole_file(path) as file:
+        file.write(b"n%d" % (1 // 0))
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+    with whole_file(path) as file:
+        file.write(b"new")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\x00b", "~nobody_of_that_name/x", "\ud800"])
+def test_a_name_that_no_file_can_have(name):
+    with pytest.raises(UserError, match=r"output must be a path.*Set output"):
+        user_path(name, "output")
+
+
+def test_a_place_that_is_not_there_yet_is_a_path(tmp_path):
+    assert user_path(tmp_path / "none" / "x", "output") == tmp_path / "none" / "x"
+    assert user_path("~/x", "output") == Path.home() / "x"

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from lightning_rlvr.ops.semantic_entropy import Estimator, Unparsable, cluster_groups, semantic_entropy
+from lightning_rlvr.rewards import verdicts_of
 from lightning_rlvr.rollout import seed_of
 from lightning_rlvr.store import Store, read_records
 from lightning_rlvr.types import Engine, Prompt, Response, Reward, Rollouts, Sampling, UserError, Verdict
@@ -99,7 +100,7 @@ def score_questions(
             seeds = [seed_of(scoring.seed, "score", prompt.uid) for prompt in batch]
             rollouts = engine.generate([encode(p.text) for p in batch], seeds, scoring.samples, sampling)
             repeated = [prompt for prompt in batch for _ in range(scoring.samples)]
-            verdicts = reward(decode(rollouts), repeated)
+            verdicts = verdicts_of(reward, decode(rollouts), repeated)
             store.append(score_batch(batch, rollouts, verdicts, reward))
             bar.update(len(batch))
 

@@ -11,6 +11,7 @@ from typing import Literal
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lightning_rlvr.evaluation.measure import AVERAGE
+from lightning_rlvr.store import user_path
 from lightning_rlvr.types import Prompt, Reward, Task, UserError
 
 Unjudgeable = Literal["error", "drop"]
@@ -74,7 +75,7 @@ def read_benchmark(path: str | Path) -> Benchmark:
 
     Raises: UserError if there is no such file or it is no benchmark.
     """
-    file = Path(path).expanduser()
+    file = user_path(path, "benchmarks")
     if not file.is_file():
         raise UserError(
             f"a benchmark must be a YAML file, got {str(path)!r}: there is no such file (looked for "

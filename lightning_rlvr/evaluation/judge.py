@@ -13,6 +13,7 @@ import pandas as pd
 from lightning_rlvr.models.pretrained import file_digest
 from lightning_rlvr.ops.pass_at_k import UNPARSED
 from lightning_rlvr.ops.semantic_entropy import cluster_groups
+from lightning_rlvr.rewards import verdicts_of
 from lightning_rlvr.store import Record, Store
 from lightning_rlvr.types import Prompt, Response, Reward, UserError, Verdict
 
@@ -69,7 +70,7 @@ def _judge(reward: Reward, questions: Sequence[Prompt], samples: pd.DataFrame) -
         for row in samples.to_dict("records")
     ]
     repeated = [prompt for prompt, own in zip(questions, responses, strict=True) for _ in own]
-    found = iter(reward([response for own in responses for response in own], repeated))
+    found = iter(verdicts_of(reward, [response for own in responses for response in own], repeated))
     verdicts = [[next(found) for _ in own] for own in responses]
     labels = cluster_groups([[verdict.answer for verdict in own] for own in verdicts], reward.equivalent)
     return [_record(*of_one) for of_one in zip(questions, verdicts, labels, strict=True)]

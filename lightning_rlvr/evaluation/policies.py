@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lightning_rlvr.models import Checkpoint, PolicySource, Pretrained
+from lightning_rlvr.store import user_path
 from lightning_rlvr.types import UserError
 
 
@@ -18,7 +17,7 @@ def policy_source(model: PolicySource | str) -> PolicySource:
     """
     if isinstance(model, PolicySource):
         return model
-    path = Path(model).expanduser()
+    path = user_path(model, "models")
     if path.suffix == ".ckpt":
         if not path.is_file():
             why = "that is a folder" if path.is_dir() else "no such file"

@@ -8,13 +8,14 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from lightning_rlvr.store import user_path
 from lightning_rlvr.types import UserError
 
 
 def cache_root(cache_dir: str | None) -> Path:
     """Return `cache_dir`, or $LIGHTNING_RLVR_CACHE, or ~/.cache/lightning_rlvr."""
     chosen = cache_dir or os.environ.get("LIGHTNING_RLVR_CACHE") or "~/.cache/lightning_rlvr"
-    return Path(chosen).expanduser()
+    return user_path(chosen, "model.policy.init_args.cache_dir, data.cache_dir or $LIGHTNING_RLVR_CACHE")
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> None:

@@ -10,6 +10,8 @@ from lightning_rlvr.types import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+STAND_IN = "QUESTIONSTANDSHERE"  # letters only: a template that strips or escapes leaves it as it is
+
 
 @dataclass(frozen=True)
 class PromptFormat:
@@ -19,10 +21,13 @@ class PromptFormat:
         chat_template: use the tokenizer's chat template (the question is the user's message); by default used
             if the tokenizer has one. Without it the question's text is the prompt as it is.
         system: the system message; needs a chat template.
+        control_tokens: whether the names of special tokens that stand in a question ("<|im_end|>") become these tokens,
+            for a prompt_template that writes them; by default they are text, whoever wrote the question.
     """
 
     chat_template: bool | None = None
     system: str | None = None
+    control_tokens: bool = False
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         """Return the token ids of the prompt for the question `text`.
@@ -42,9 +47,21 @@ class PromptFormat:
                     f"a system message ({self.system!r}) needs a chat template, and none is used. "
                     "Remove prompt_format.system, or put its text into the task's prompt_template."
                 )
-            return list(tokenizer(text)["input_ids"])
-        messages = [{"role": "user", "content": text}]
+            return list(tokenizer(text, split_special_tokens=not self.control_tokens)["input_ids"])
+        # Where a question names a control token, the template is read without it, and it apart.
+        apart = not self.control_tokens and any(name in text for name in control_names(tokenizer))
+        messages = [{"role": "user", "content": STAND_IN if apart else text}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        rendered = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        if not apart:
+            return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        first, *rest = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in rendered.split(STAND_IN)]
+        question = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [*first, *(token for piece in rest for token in [*question, *piece])]
+
+
+def control_names(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Return the texts that the tokenizer reads as a special token."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return added | set(tokenizer.all_special_tokens)

@@ -12,6 +12,7 @@ import torch
 
 from lightning_rlvr.models.pretrained import file_digest
 from lightning_rlvr.models.source import Policy, PolicySource
+from lightning_rlvr.store import user_path
 from lightning_rlvr.types import UserError
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Checkpoint(PolicySource):
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
     def _file(self) -> Path:
-        path = Path(self.path).expanduser()
+        path = user_path(self.path, "model.policy.init_args.path")
         if not path.is_file():
             raise UserError(f"path must be a checkpoint file, got {self.path!r}: there is none. Set its path.")
         return path

@@ -20,6 +20,7 @@ import torch
 from lightning_rlvr.models.cache import build_once, cache_root
 from lightning_rlvr.models.hub import download
 from lightning_rlvr.models.source import Policy, PolicySource, finish_model, finish_tokenizer
+from lightning_rlvr.store import user_path
 from lightning_rlvr.types import UserError
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class Pretrained(PolicySource):
         """Find the folder that `name` means, and the GGUF file in it."""
         if self.name.startswith(PACKAGE):
             folder = _package_folder(self.name.removeprefix(PACKAGE))
-        elif (folder := Path(self.name).expanduser()).is_dir():
+        elif (folder := user_path(self.name, "model.policy.init_args.name")).is_dir():
             pass
         elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.name):
             folder = download(self.name, self.revision, gguf_file=self.gguf_file, weights=weights)

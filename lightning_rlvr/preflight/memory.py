@@ -111,7 +111,8 @@ def estimate(
     """
     weights = sum(parameter.nbytes for parameter in model.parameters())
     head = model.get_output_embeddings()
-    vocabulary = Vocabulary(*head.weight.shape, head.weight.element_size(), place)
+    size, hidden = head.weight.shape
+    vocabulary = Vocabulary(size, hidden, head.weight.element_size(), place)
     optimizer = optimizer_step(model, make_optimizer, place.accelerator)
     state, extra = optimizer or (ADAM_STATES * weights, weights)
     parts = {

@@ -9,7 +9,7 @@ from argparse import ArgumentParser
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -104,7 +104,7 @@ def inspect(
     place = placement(settings["trainer"], gpu_memory is not None or torch.cuda.is_available())
     model = module.policy_source.skeleton()
     if place.dtype is not None:
-        model = model.to(place.dtype)
+        cast(Any, model).to(place.dtype)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     prompts = _prompts(data, module)
     work = _work(data, module, place, int(prompts.get("longest kept", data.max_prompt_tokens)))
@@ -114,7 +114,8 @@ def inspect(
     state = memory.parts["optimizer"] * place.optimizer if place.optimizer <= place.world else 12 * parameters
     keeps = settings.get("checkpoint") or {}
     count = max(0, int(keeps.get("save_top_k", 1))) + bool(keeps.get("save_last"))
-    facts = {
+    inert = module.objective.inert(module.updates_per_rollout)
+    facts: dict[str, dict[str, Any]] = {
         "model": {"class": type(model).__name__, "parameters": parameters, "weights bytes": weights},
         "step": {
             "processes": place.world,
@@ -124,7 +125,7 @@ def inspect(
             "micro-batches an update": work.largest_part(place.joined)[2],
             "tokens at most": rows * work.response_tokens + data.prompts_per_batch * work.prompt_tokens,
         },
-        "terms that cannot act": dict(enumerate(module.objective.inert(module.updates_per_rollout), 1)) or {"none": ""},
+        "terms that cannot act": {str(i): reason for i, reason in enumerate(inert, 1)} or {"none": ""},
         "prompts": prompts,
         "disk": {
             "a checkpoint bytes": weights + state,

@@ -84,7 +84,8 @@ def fake(model: PreTrainedModel, autocast: torch.dtype | None) -> Iterator[nn.Mo
     with FakeTensorMode(), torch.autocast("cpu", autocast, cache_enabled=False) if autocast else nullcontext():
         made: dict[Tensor, Tensor] = {}  # a tied weight is one tensor
         for module in copied.modules():
-            for held in (module._parameters, module._buffers):
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for held in tables:
                 for name, old in held.items():
                     if old is not None:
                         held[name] = made[old] = made[old] if old in made else _like(old)

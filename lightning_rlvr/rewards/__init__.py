@@ -1,6 +1,7 @@
 """Verifiers: what a response is worth. Importing this loads neither math-verify nor reasoning_gym."""
 
 from lightning_rlvr.rewards.chain import ChainAnswer
+from lightning_rlvr.rewards.checked import verdicts_of
 from lightning_rlvr.rewards.code_tests import CodeTests
 from lightning_rlvr.rewards.exact import ExactMatch
 from lightning_rlvr.rewards.format import FormatMatch
@@ -19,4 +20,5 @@ __all__ = [
     "ReasoningGymScore",
     "SoftOverlong",
     "WeightedSum",
+    "verdicts_of",
 ]

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_rlvr.ops.logprob import log_softmax
-from lightning_rlvr.types import Sampling
+from lightning_rlvr.types import Sampling, UserError
 
 CHUNK = 256  # tokens of the vocabulary whose probabilities are summed before they are cumulated
 BLOCK = 1 << 19  # logits worked on at a time on a CPU
@@ -51,7 +51,7 @@ def draw(logits: Float[Tensor, "R V"], uniform: Float[Tensor, " R"], sampling: S
     """
     if sampling.temperature == 0:
         zero = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
-        return Draw(logits.argmax(dim=-1), zero, zero)
+        return Draw(_finite(logits.amax(dim=-1), logits).argmax(dim=-1), zero, zero)
     if sampling.top_p < 1 or 0 < sampling.top_k < logits.shape[-1]:
         logits = truncate(log_softmax(logits, sampling.temperature), sampling.top_k, sampling.top_p)
         temperature = 1.0
@@ -70,7 +70,8 @@ def _invert(logits: Float[Tensor, "R V"], uniform: Float[Tensor, " R"], temperat
     """
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     vocabulary, chunks = logits.shape[-1], -(-logits.shape[-1] // CHUNK)
-    z = logits.to(wide) - logits.amax(dim=-1, keepdim=True)
+    top = logits.amax(dim=-1, keepdim=True)
+    z = _finite(top, logits).to(wide) - top
     if temperature != 1.0:
         z /= temperature
     z.clamp_(min=torch.finfo(wide).min)  # a probability of 0 then adds 0 to the entropy, not nan
@@ -89,6 +90,17 @@ def _invert(logits: Float[Tensor, "R V"], uniform: Float[Tensor, " R"], temperat
     z *= weight.view(len(z), -1)[:, :vocabulary]
     entropy = total.log() - z.sum(dim=-1, keepdim=True) / total
     return Draw(token.squeeze(-1), logp.squeeze(-1), entropy.squeeze(-1).to(wide))
+
+
+def _finite(top: Tensor, logits: Tensor) -> Tensor:
+    """Return the logits. Raises UserError if the greatest of a row is nan or infinite: nothing can be drawn then."""
+    if not top.isfinite().all():
+        raise UserError(
+            "the policy's logits must be finite, got nan or inf while sampling: its weights or activations have "
+            "overflowed. Lower the lr of model.optimizer, set trainer.precision or the policy's dtype to bfloat16 or "
+            "float32, or check model.policy; train/grad_norm in metrics.csv shows when it began."
+        )
+    return logits
 
 
 def _passed(cumulative: Float[Tensor, "R C"], share: Float[Tensor, "R 1"]) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from lightning_rlvr.models.memory import in_smaller_parts
 from lightning_rlvr.rollout.decoder import Decoder, DynamicDecoder
 from lightning_rlvr.rollout.sampling import draw, uniforms
 from lightning_rlvr.types import Engine, Rollouts, Sampling
@@ -29,7 +31,7 @@ class TransformersEngine(Engine):
         model: the policy; it is used where it is and put back into its mode.
         eos_ids: tokens that end a response. They count as part of it.
         pad_id: fills the room after the end and before a prompt; never looked at.
-        max_rows: the most responses decoded at a time; a group is never split.
+        max_rows: the most responses decoded at a time; a group is never split. Halved where memory runs out.
     """
 
     def __init__(self, model: PreTrainedModel, eos_ids: Sequence[int], pad_id: int, max_rows: int = 256) -> None:
@@ -52,20 +54,36 @@ class TransformersEngine(Engine):
         device = self.model.device
         prompt_ids, prompt_mask = (x.to(device) for x in left_pad(prompts, self.pad_id))
         random = torch.cat([uniforms(seed, samples, sampling.max_new_tokens) for seed in seeds]).to(device)
-        batch = _Batch(prompt_ids, prompt_mask, samples, random, sampling)
+
+        def decode(rows: int) -> _Batch:
+            batch = _Batch(prompt_ids, prompt_mask, samples, random, sampling)
+            with torch.inference_mode():
+                self._decode(batch, rows)
+            return batch
+
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.inference_mode():
-                self._decode(batch)
+            batch = self._in_memory(decode, samples, len(random))
         finally:
             self.model.train(was_training)
         return batch.rollouts(self.pad_id, torch.float64 if self.model.dtype == torch.float64 else torch.float32)
 
-    def _decode(self, batch: _Batch) -> None:
+    def _in_memory(self, decode: Callable[[int], _Batch], samples: int, needed: int) -> _Batch:
+        """Return decode(rows); where memory runs out the rows are halved, for what comes after too."""
+        rows = min(self.max_rows, needed)
+        # A pass through shards waits for other ranks, so it cannot be begun again by one.
+        least = rows if any(isinstance(weight, DTensor) for weight in self.model.parameters()) else samples
+        others = "data.group_size, sampling.max_new_tokens or data.max_prompt_tokens"
+        batch, possible = in_smaller_parts(decode, rows, least, "rollout_rows", others)
+        if possible < rows:
+            self.max_rows = possible
+        return batch
+
+    def _decode(self, batch: _Batch, max_rows: int) -> None:
         from lightning_rlvr.rollout.shared_prefix import NotPlainError, SharedPrefixDecoder
 
-        groups = min(len(batch.prompt_ids), max(1, self.max_rows // batch.samples))
+        groups = min(len(batch.prompt_ids), max(1, max_rows // batch.samples))
         if SharedPrefixDecoder.supports(self.model):
             rows = groups * batch.samples
             try:

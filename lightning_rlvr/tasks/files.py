@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_rlvr.store import user_path
 from lightning_rlvr.tasks.records import Record, Records
 from lightning_rlvr.types import UserError
 
@@ -33,7 +34,7 @@ class Files(Records):
 
         Raises: UserError if it is missing, of another kind, or broken; broken lines are named (from 1).
         """
-        path = Path(self.path).expanduser()
+        path = user_path(self.path, "the task's path")
         reader = _READERS.get(path.suffix.lower())
         if reader is None:
             raise UserError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from lightning_rlvr.store import user_path
 from lightning_rlvr.tasks.records import Record, Records
 from lightning_rlvr.types import UserError
 
@@ -44,7 +45,7 @@ class HubDataset(Records):
         or its split does not exist or the Hub cannot be reached.
         """
         datasets = _import_datasets()
-        folder = Path(self.name).expanduser()
+        folder = user_path(self.name, "the task's name")
         saved = any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
         try:
             if saved:

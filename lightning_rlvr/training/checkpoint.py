@@ -20,7 +20,14 @@ from lightning_rlvr.store import whole_file
 from lightning_rlvr.types import UserError
 
 # Attributes of the module that are saved.
-COUNTS = ("rollouts_done", "batches_trained", "objective_state", "reference_moved", "recording_agrees")
+COUNTS = (
+    "rollouts_done",
+    "batches_trained",
+    "skipped_in_a_row",
+    "objective_state",
+    "reference_moved",
+    "recording_agrees",
+)
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError, UnpicklingError)
 

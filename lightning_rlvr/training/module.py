@@ -16,8 +16,9 @@ from torch import Tensor
 from lightning_rlvr.curriculum import CurriculumSampler
 from lightning_rlvr.metrics import EvaluationMetrics
 from lightning_rlvr.models import Policy, PolicySource, PromptFormat
-from lightning_rlvr.models.forward import batch_logp, micro_batches
+from lightning_rlvr.models.forward import TokenValues, batch_logp, micro_batches
 from lightning_rlvr.ops.advantages import group_advantages
+from lightning_rlvr.rewards import verdicts_of
 from lightning_rlvr.rollout import TransformersEngine, seed_of
 from lightning_rlvr.training.checkpoint import COUNTS, check_checkpoint
 from lightning_rlvr.training.clock import Clock
@@ -31,9 +32,9 @@ from lightning_rlvr.training.experience import (
     describe,
     pull_covariance,
 )
-from lightning_rlvr.training.update import update_policy
+from lightning_rlvr.training.numbers import total, without_nan
+from lightning_rlvr.training.update import in_micro_batches, update_policy
 from lightning_rlvr.types import (
-    Engine,
     Objective,
     Ratio,
     Response,
@@ -79,6 +80,8 @@ class RLVRModule(LightningModule):
         dynamic_sampling: if not 0, groups whose rewards are all equal are replaced by groups of the next questions,
             from at most that many rollout batches for one update (DAPO).
         max_grad_norm: bound on the norm of the gradient, null for none.
+        max_skipped_updates: updates in a row that may be left out, since their loss or gradient is nan or inf, before
+            the run ends with an error.
         pass_at: the k of each pass@k that validation and test report.
         seed: names all randomness of rollouts.
 
@@ -102,6 +105,7 @@ class RLVRModule(LightningModule):
         micro_batch_size: int = 32,
         rollout_rows: int = 256,
         max_grad_norm: float | None = 1.0,
+        max_skipped_updates: int = 3,
         recompute_logp: bool | Literal["auto"] = "auto",
         dynamic_sampling: int = 0,
         pass_at: list[int] = [8],  # noqa: B006 - never changed
@@ -122,6 +126,7 @@ class RLVRModule(LightningModule):
             ("updates_per_rollout", updates_per_rollout),
             ("micro_batch_size", micro_batch_size),
             ("rollout_rows", rollout_rows),
+            ("max_skipped_updates", max_skipped_updates),
             *(("pass_at", k) for k in pass_at),
         ):
             if value < 1:
@@ -141,6 +146,7 @@ class RLVRModule(LightningModule):
         self.updates_per_rollout, self.micro_batch_size = updates_per_rollout, micro_batch_size
         self.rollout_rows, self.max_grad_norm, self.pass_at = rollout_rows, max_grad_norm, pass_at
         self.seed = seed
+        self.max_skipped_updates, self.skipped_in_a_row = max_skipped_updates, 0
         self.rollouts_done = 0  # rollout batches so far: names the randomness of the next
         self.groups = GroupBuffer(dynamic_sampling) if dynamic_sampling else None
         self.batches_trained = 0  # fewer than rollouts_done with dynamic sampling
@@ -194,7 +200,7 @@ class RLVRModule(LightningModule):
             self.reference.load_state_dict(self.policy.state_dict())
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> TransformersEngine:
         """The engine that samples from the policy as it is now."""
         return TransformersEngine.of(Policy(self.policy, self.tokenizer), self.rollout_rows)
 
@@ -247,6 +253,8 @@ class RLVRModule(LightningModule):
                     observer.on_updated(self, record, clipped)
                 metrics |= describe(experience, stats, plan, batch.samples)
                 metrics["covariance"] = pull_covariance(self.objective, record)
+                for name in ("micro_batch_size", "rollout_rows"):  # smaller than asked for where memory ran out
+                    metrics[name] = Ratio(torch.tensor(getattr(self, name)), torch.tensor(1))
                 if self.groups is not None:
                     metrics["rollout_batches"] = Ratio(torch.tensor(self.groups.used), torch.tensor(1))
                 reduced = reduce_ratios(metrics)
@@ -261,11 +269,13 @@ class RLVRModule(LightningModule):
         with self.clock.part("rollout"):
             prompts = [self.encode(prompt.text) for prompt in batch.prompts]
             seeds = [seed_of(self.seed, purpose, prompt.uid) for prompt in batch.prompts]
-            rollouts = self.engine.generate(prompts, seeds, batch.samples, sampling)
+            engine = self.engine
+            rollouts = engine.generate(prompts, seeds, batch.samples, sampling)
+            self.rollout_rows = engine.max_rows
             responses = self.decode(rollouts)
         repeated = [prompt for prompt in batch.prompts for _ in range(batch.samples)]
         with self.clock.part("reward"):
-            verdicts = self.reward(responses, repeated)
+            verdicts = verdicts_of(self.reward, responses, repeated)
         ids = [seed_of(seed, number) for seed in seeds for number in range(batch.samples)]
         return Experience(repeated, rollouts, responses, verdicts, ids)
 
@@ -292,8 +302,7 @@ class RLVRModule(LightningModule):
         recorded = rollouts.logp, rollouts.entropy
         if self.recompute_logp is False or (self.recompute_logp == "auto" and self.recording_agrees):
             return recorded
-        parts = self._micro_batches(rollouts, update)
-        logp, entropy, _ = batch_logp(self.policy, rollouts, self.sampling.temperature, parts, with_entropy=True)
+        logp, entropy, _ = self._batch_logp(self.policy, rollouts, update, with_entropy=True)
         assert entropy is not None
         if self.recording_agrees is None:
             gap = torch.stack([(logp - recorded[0]).abs().max(), (entropy - recorded[1]).abs().max()]).max()
@@ -306,7 +315,10 @@ class RLVRModule(LightningModule):
         Here entropy and the covariance of advantage and log-probability become KL masks.
         """
         whole, mine = gather_stats(replace(stats, state=self.objective_state))
-        self.objective_state = self.objective.next_state(self.objective_state, whole)
+        if total(whole).isfinite():
+            self.objective_state = self.objective.next_state(self.objective_state, whole)
+        else:
+            whole = without_nan(whole)
         return self.objective.plan(whole).rows(mine).width(stats.mask.shape[1])
 
     def reference_logp(self, rollouts: Rollouts, update: Tensor) -> Tensor:
@@ -316,13 +328,19 @@ class RLVRModule(LightningModule):
         bit, and the KL has no gradient.
         """
         assert self.reference is not None
-        parts = self._micro_batches(rollouts, update)
-        return batch_logp(self.reference, rollouts, self.sampling.temperature, parts).logp
+        return self._batch_logp(self.reference, rollouts, update).logp
 
-    def _micro_batches(self, rollouts: Rollouts, update: Tensor) -> list[Tensor]:
-        """Cut the rows of each optimizer step into micro-batches."""
+    def _batch_logp(
+        self, model: PreTrainedModel, rollouts: Rollouts, update: Tensor, with_entropy: bool = False
+    ) -> TokenValues:
+        """Return the values of all tokens without gradients; no micro-batch spans two optimizer steps."""
         steps = [(update == number).nonzero().squeeze(-1) for number in range(int(update.max()) + 1)]
-        return [part for rows in steps for part in micro_batches(self.policy, rollouts, rows, self.micro_batch_size)]
+
+        def compute(size: int) -> TokenValues:
+            parts = [part for rows in steps for part in micro_batches(self.policy, rollouts, rows, size)]
+            return batch_logp(model, rollouts, self.sampling.temperature, parts, with_entropy)
+
+        return in_micro_batches(self, compute)
 
     def log_training(self, metrics: Mapping[str, float], spent: Mapping[str, float], tokens: int) -> None:
         """Log one step: metrics under train/, seconds and trained tokens a second by part of the work."""

@@ -57,28 +57,35 @@ def save_replay(folder: Path, module: RLVRModule, record: StepRecord) -> None:
 def load_replay(folder: Path) -> Replay:
     """Read what save_replay wrote.
 
-    Raises: UserError if the folder does not hold a saved rollout batch.
+    Raises: UserError if the folder does not hold a saved rollout batch, or a damaged one.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
     if not (folder / "batch.safetensors").is_file():
         raise UserError(
             f"{folder} holds no saved rollout batch (batch.safetensors). Let fit save some with "
-            "--save_rollouts.every_n_batches, and set rollouts to one of the folders RUN/rollouts/*."
+            "--save_rollouts.every_n_batches, and set rollouts to one of the folders RUN/rollouts/* or RUN/failed/*."
         )
-    tensors = load_file(folder / "batch.safetensors")
-    about = json.loads((folder / "batch.json").read_text(encoding="utf-8"))
-    models = {
-        name: finish_model(AutoModelForCausalLM.from_pretrained(folder / name))
-        for name in ("policy", "reference")
-        if (folder / name).is_dir()
-    }
-    return Replay(
-        rollouts=Rollouts(**{name: tensors[name] for name in Rollouts.__dataclass_fields__}),
-        score=tensors["score"],
-        row_id=tensors["row_id"],
-        policy=models["policy"],
-        reference=models.get("reference"),
-        **about,
-    )
+    try:
+        tensors = load_file(folder / "batch.safetensors")
+        about = json.loads((folder / "batch.json").read_text(encoding="utf-8"))
+        models = {
+            name: finish_model(AutoModelForCausalLM.from_pretrained(folder / name))
+            for name in ("policy", "reference")
+            if (folder / name).is_dir()
+        }
+        return Replay(
+            rollouts=Rollouts(**{name: tensors[name] for name in Rollouts.__dataclass_fields__}),
+            score=tensors["score"],
+            row_id=tensors["row_id"],
+            policy=models["policy"],
+            reference=models.get("reference"),
+            group_size=int(about["group_size"]),
+            temperature=float(about["temperature"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} holds a damaged rollout batch: {error!r}. Set rollouts to another folder."
+        ) from error

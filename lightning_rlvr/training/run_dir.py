@@ -31,8 +31,11 @@ FREE = (
 def free_folder(wanted: Path) -> Path:
     """Return the folder, or the first of wanted-2, wanted-3, ... that does not exist or is empty.
 
-    Raises: UserError if it could not be written to.
+    Raises: UserError if it could not be written to, or has no name to add a number to.
     """
+    wanted = wanted if wanted.name not in ("", "..") else Path(os.path.normpath(wanted.absolute()))
+    if not wanted.name:
+        raise UserError(f"run_dir must be a folder with a name, got {wanted}. Set run_dir.")
     there = next(path for path in (wanted, *wanted.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"run_dir must be a folder that can be written, got {wanted}: {there} is not. Set run_dir.")

@@ -17,7 +17,7 @@ from lightning_rlvr.curriculum import Scoring
 from lightning_rlvr.curriculum import score as scores
 from lightning_rlvr.models import Policy
 from lightning_rlvr.rollout import TransformersEngine
-from lightning_rlvr.store import Store
+from lightning_rlvr.store import Store, user_path
 from lightning_rlvr.training.distributed import all_ranks
 from lightning_rlvr.types import Prompt, UserError
 
@@ -63,7 +63,7 @@ class QuestionScores:
         Raises: UserError if the named file was made for another model or other data; it says what differs.
         """
         if self.scoring.file is not None:
-            return self.read(Path(self.scoring.file).expanduser(), "data.scoring.file, or null to score")
+            return self.read(user_path(self.scoring.file, "data.scoring.file"), "data.scoring.file, or null to score")
         path = scores.cache_path(cache_dir, self.about)
         self.make(path, "data.cache_dir")
         return self.read(path, "data.cache_dir")

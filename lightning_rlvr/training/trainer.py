@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from rich.console import Console
 
 from lightning_rlvr.curriculum.report import write_report
+from lightning_rlvr.store import user_path
 from lightning_rlvr.training.datamodule import RLVRDataModule
 from lightning_rlvr.training.module import RLVRModule
 from lightning_rlvr.training.scoring import QuestionScores
@@ -36,7 +37,7 @@ class Trainer(lightning.Trainer):
             output: the file to write; `data.scoring.file` reads it. Scores of anything else are not overwritten.
             report: whether to write a page about the scores beside the file, with .html for .parquet.
         """
-        path = Path(output).expanduser()
+        path = user_path(output, "output")
         if path.suffix != ".parquet":
             raise UserError(f"output must end in .parquet, got {output!r}. Set output.")
         if not os.access(next(p for p in path.absolute().parents if p.exists()), os.W_OK):

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_rlvr.models.forward import TokenValues, micro_batches, response_loss
-from lightning_rlvr.training.distributed import add_ratios, world_size
-from lightning_rlvr.types import Objective, Ratio, TokenBatch, TokenPlan
+from lightning_rlvr.models.memory import ERRORS, in_smaller_parts, out_of_memory
+from lightning_rlvr.training.distributed import add_ratios, all_ranks, world_size
+from lightning_rlvr.training.numbers import leave_out, total
+from lightning_rlvr.types import Objective, Ratio, TokenBatch, TokenPlan, UserError
 
 if TYPE_CHECKING:
     from lightning_rlvr.training.experience import StepRecord
     from lightning_rlvr.training.module import RLVRModule
+
+Result = TypeVar("Result")
 
 
 def update_policy(module: RLVRModule, record: StepRecord) -> tuple[dict[str, Ratio], Tensor]:
@@ -31,34 +36,56 @@ def update_policy(module: RLVRModule, record: StepRecord) -> tuple[dict[str, Rat
     optimizer = cast(LightningOptimizer, module.optimizers())
     schedule = cast("LRScheduler | None", module.lr_schedulers())
     update, idle = record.stats.update, idle_rows(module.objective, record.plan)
-    losses = _Losses(module, record)
+    losses, known = _Losses(module, record), total(record.stats)
     for number in range(int(update.max()) + 1):
-        optimizer.zero_grad()
         rows = (update == number).nonzero().squeeze(-1)
         # The optimizer, and other ranks, wait for a gradient, be it 0.
         moving = rows[~idle[rows]] if not idle[rows].all() else rows[:1]
-        _backward(module, losses, moving)
+        loss = in_micro_batches(module, partial(_backward, module, losses, moving))
         losses.of_idle(rows[~torch.isin(rows, moving)])
         losses.add({"skipped_rows": Ratio(torch.tensor(len(rows) - len(moving)), torch.tensor(len(rows)))})
         bound = float("inf") if module.max_grad_norm is None else module.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(module.policy.parameters(), bound)
+        gradients = [p.grad for p in module.policy.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         rate = norm.new_tensor(optimizer.param_groups[0]["lr"])
         losses.add({"grad_norm": Ratio(norm, norm.new_ones(())), "lr": Ratio(rate, norm.new_ones(()))})
-        optimizer.step()
-        losses.on_policy = False
-        if schedule is not None:
-            schedule.step()
+        finite = all_ranks(bool((known + loss).isfinite()) & bool(norm.isfinite()))
+        if finite:
+            module.skipped_in_a_row = 0
+            torch.nn.utils.clip_grads_with_norm_(module.policy.parameters(), bound, norm)
+            optimizer.step()
+            losses.on_policy = False
+            if schedule is not None:
+                schedule.step()
+        else:
+            leave_out(module, record, losses.step)
+            optimizer.zero_grad()
+        losses.add({"skipped_updates": Ratio(norm.new_tensor(float(not finite)), norm.new_tensor(float(number == 0)))})
+        losses.close_step()
     # A step's loss is the sum over its micro-batches and over ranks, not their mean.
     sums = losses.metrics
     sums["loss"] = Ratio(sums["loss"].numerator * world_size(), sums["grad_norm"].denominator)
     return sums, losses.clipped
 
 
-def _backward(module: RLVRModule, losses: _Losses, rows: Int[Tensor, " M"]) -> None:
-    """Add up the gradient of the given rows, one micro-batch at a time."""
+def in_micro_batches(module: RLVRModule, work: Callable[[int], Result]) -> Result:
+    """Return work(micro-batch size); where memory runs out the size is halved, for the rest of the run."""
+    # A forward pass through shards waits for other ranks, so it cannot be begun again by one.
+    alone = world_size() == 1 or isinstance(getattr(module.trainer, "model", None), DistributedDataParallel)
+    size = module.micro_batch_size
+    others = "model.sampling.max_new_tokens or data.max_prompt_tokens, or let a smaller model train"
+    least = 1 if alone else size
+    result, module.micro_batch_size = in_smaller_parts(work, size, least, "model.micro_batch_size", others)
+    return result
+
+
+def _backward(module: RLVRModule, losses: _Losses, rows: Int[Tensor, " M"], size: int) -> Float[Tensor, ""]:
+    """Make the gradient of the given rows, one micro-batch at a time; return their loss. It may be begun again."""
+    module.policy.zero_grad()
+    losses.step = {}
     objective, rollouts = module.objective, losses.record.experience.rollouts
     reference = module.reference if objective.needs_full_kl else None
-    parts = micro_batches(module.policy, rollouts, rows, module.micro_batch_size, reference is not None)
+    parts = micro_batches(module.policy, rollouts, rows, size, reference is not None)
     for i, part in enumerate(parts):
         loss = response_loss(
             module.policy,
@@ -71,6 +98,7 @@ def _backward(module: RLVRModule, losses: _Losses, rows: Int[Tensor, " M"]) -> N
         with _synchronised(module, i + 1 == len(parts)):
             module.manual_backward(loss * world_size())  # ranks average gradients; the plan's weights sum
         losses.add({"loss": Ratio(loss.detach(), loss.new_ones(()))})
+    return losses.step["loss"].numerator
 
 
 def idle_rows(objective: Objective, plan: TokenPlan) -> Bool[Tensor, " N"]:
@@ -92,6 +120,7 @@ class _Losses:
         self.objective, self.record = module.objective, record
         self.on_policy = True  # as long as the policy is the one that sampled
         self.metrics: dict[str, Ratio] = {}
+        self.step: dict[str, Ratio] = {}  # of the optimizer step under way
         self.clipped = torch.zeros_like(record.stats.mask)
 
     def of_rows(self, part: Int[Tensor, " M"], values: TokenValues, index: Int[Tensor, " n"]) -> Tensor:
@@ -119,8 +148,13 @@ class _Losses:
         self.add({name: ratio for name, ratio in metrics.items() if not name.startswith("kl/")})
 
     def add(self, metrics: dict[str, Ratio]) -> None:
-        """Add to the sums."""
-        add_ratios(self.metrics, metrics)
+        """Add to the sums of the step under way."""
+        add_ratios(self.step, metrics)
+
+    def close_step(self) -> None:
+        """Add what the step came to."""
+        add_ratios(self.metrics, self.step)
+        self.step = {}
 
     def _tokens(self, rows: Tensor, values: TokenValues, old_logp: Tensor) -> TokenBatch:
         ref_logp = self.record.ref_logp
@@ -134,7 +168,22 @@ class _Losses:
         )
 
 
-def _synchronised(module: RLVRModule, last: bool) -> AbstractContextManager[None]:
-    """Let ranks exchange gradients at the last backward pass of a step only."""
+@contextmanager
+def _synchronised(module: RLVRModule, last: bool) -> Iterator[None]:
+    """Let ranks exchange gradients at the last backward pass of a step only.
+
+    Raises: UserError if memory runs out where other ranks are waited for: a step begun again would meet them in the
+        midst of theirs. Before that it may be, since they wait.
+    """
     wrapped = getattr(module.trainer, "model", None)
-    return nullcontext() if last or not isinstance(wrapped, DistributedDataParallel) else wrapped.no_sync()
+    alone = wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else None
+    try:
+        with alone or nullcontext():
+            yield
+    except ERRORS as error:
+        if alone or world_size() == 1 or not out_of_memory(error):
+            raise
+        raise UserError(
+            f"memory ran out on rank {module.global_rank} while ranks exchange gradients, where a step cannot be begun "
+            f"again: {error}. Lower model.micro_batch_size."
+        ) from error

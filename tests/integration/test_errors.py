@@ -1,11 +1,13 @@
 """Each mistake gives one clear error that names the key, before any work is done."""
 
 import json
+from pathlib import Path
 
 import pytest
 from support import QUICKSTART
 
-from lightning_rlvr.cli import main
+from lightning_rlvr.cli import free_folder, main
+from lightning_rlvr.types import UserError
 
 
 @pytest.fixture
@@ -104,11 +106,40 @@ def test_a_misspelled_key_in_a_file(tmp_path, capsys):
     assert "objektive" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (b"model: {seed: '${data.seed}'}\ndata: {seed: '${model.seed}'}\n", "model.seed"),  # a cycle
+        (b"run_dir: ${nowhere.x}\n", "nowhere.x"),
+        (b"run_dir: \xff\n", "utf-8"),
+        (b"model: [1]\n", "model"),
+    ],
+)
+def test_a_config_file_that_cannot_be_read(tmp_path, capsys, data, named):
+    config = tmp_path / "config.yaml"
+    config.write_bytes(data)
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", str(config)])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert error.count("error: ") == 1
+    assert named in error
+    assert "Traceback" not in error
+
+
 def test_a_run_folder_that_is_a_file(tmp_path, capsys, cli):
     (tmp_path / "run").write_text("not a folder")
     with pytest.raises(SystemExit, match="2"):
         cli("fit", tmp_path / "run")
     assert "run_dir" in capsys.readouterr().err
+
+
+def test_a_run_folder_without_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert free_folder(Path(".")) == tmp_path.with_name(f"{tmp_path.name}-2")
+    with pytest.raises(UserError, match="run_dir"):
+        free_folder(Path("/"))
 
 
 def test_a_checkpoint_that_does_not_fit(cli, tmp_path, finished_run, capsys):

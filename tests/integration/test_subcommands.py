@@ -31,6 +31,7 @@ def test_predict_writes_every_generation(cli, tmp_path):
     run = cli("predict", tmp_path / "predict")
     records = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert len(records) == 4 * 2
+    assert not list(run.glob(".*.partial"))
     assert {"uid", "prompt", "gold", "response", "answer", "status", "reward", "tokens"} <= records[0].keys()
 
 

@@ -41,29 +41,25 @@ class SmallPolicy(TinyPolicy):
         )
         torch.manual_seed(self.seed)
         model = Qwen3ForCausalLM(config).eval()
-        model.lm_head.weight.data[tokenizer.eos_token_id] = 0  # tied: responses seldom end before their limit
         return Policy(model, tokenizer)
 
     def skeleton(self):
         return self.load().model.to("meta")
 
 
-MISSED = pytest.mark.xfail(reason="the whole batch in one part is not met yet; by how much is not known", strict=True)
-
-
-@pytest.mark.parametrize("micro", [4, pytest.param(64, marks=MISSED)])
+@pytest.mark.parametrize("micro", [4, 64])
 def test_the_peak_is_within_15_percent_of_what_lived(tmp_path, micro):
     module = RLVRModule(
         SmallPolicy(),
         SENT(),
         ManyVowels(),
-        Sampling(48),
+        Sampling(16),  # short, so that few responses of a policy that knows nothing end before
         optimizer=partial(torch.optim.AdamW, lr=1e-6),
         micro_batch_size=micro,
         pass_at=[1],
     )
     order = Curriculum(order="shuffled", stages=1)
-    data = RLVRDataModule(Counting(16, 100), prompts_per_batch=8, group_size=4, curriculum=order)
+    data = RLVRDataModule(Counting(16, 100), prompts_per_batch=8, group_size=12, curriculum=order)
     trainer = lightning.Trainer(
         max_epochs=1,
         accelerator="cpu",

@@ -1,50 +1,14 @@
 """The training step as a whole."""
 
 from dataclasses import replace
-from functools import partial
 
-import lightning
 import pytest
 import torch
-from support import Counting, ManyVowels, TinyPolicy
+from support import Counting, ManyVowels, TinyPolicy, train, weights
 
-from lightning_rlvr.curriculum import Curriculum
-from lightning_rlvr.objectives import GRPO, SENT
-from lightning_rlvr.training import RLVRDataModule, RLVRModule
+from lightning_rlvr.objectives import GRPO
+from lightning_rlvr.training import RLVRModule
 from lightning_rlvr.types import Sampling
-
-MOVING = SENT(low_entropy_quantile=0.8, high_cov_fraction=0.1, beta_low=0.5, beta_high=2.0)
-
-
-def train(tmp_path, objective=MOVING, dtype="float64", updates=3, lr=1e-3, reward=None, **settings):
-    module = RLVRModule(
-        TinyPolicy(dtype=dtype),
-        objective,
-        reward or ManyVowels(),
-        Sampling(10),
-        optimizer=partial(torch.optim.AdamW, lr=lr),
-        pass_at=[1],
-        **settings,
-    )
-    data = RLVRDataModule(
-        train=Counting(24), prompts_per_batch=6, group_size=4, curriculum=Curriculum(order="shuffled", stages=1)
-    )
-    trainer = lightning.Trainer(
-        max_steps=updates,
-        accelerator="cpu",
-        default_root_dir=tmp_path,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(module, data)
-    return module, trainer
-
-
-def weights(module):
-    return dict(module.policy.named_parameters())
 
 
 @pytest.fixture(scope="module")

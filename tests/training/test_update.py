@@ -78,7 +78,7 @@ def gradients(policy, loss=None):
     return {name: p.grad.clone() for name, p in policy.named_parameters()}
 
 
-def setting(sampled, objective, size=5):
+def setting(sampled, objective):
     """What `_backward` and `_Losses` read of a module and of a record."""
     plan = objective.plan(TokenStats(**{**vars(sampled.stats), "state": objective.initial_state()}))
     module = SimpleNamespace(
@@ -86,7 +86,6 @@ def setting(sampled, objective, size=5):
         reference=sampled.reference,
         objective=objective,
         sampling=Sampling(12, temperature=TEMPERATURE),
-        micro_batch_size=size,
         manual_backward=lambda loss: loss.backward(),
         trainer=None,
     )
@@ -115,7 +114,7 @@ def plainly(sampled, objective, record):
 def test_gradient_and_metrics_equal_those_of_all_rows_at_once(sampled, name, size):
     objective = OBJECTIVES[name]
     assert packs(sampled.policy)
-    module, record, losses = setting(sampled, objective, size)
+    module, record, losses = setting(sampled, objective)
     losses.on_policy = False
     out = plainly(sampled, objective, record)
     wanted = gradients(sampled.policy, out.loss)
@@ -123,19 +122,19 @@ def test_gradient_and_metrics_equal_those_of_all_rows_at_once(sampled, name, siz
 
     idle = idle_rows(objective, record.plan)
     assert idle[8:12].all() == (name in ("grpo", "dapo", "gspo", "cispo", "clip_cov", "entropy_advantage"))
-    _backward(module, losses, (~idle).nonzero().squeeze(-1))
+    _backward(module, losses, (~idle).nonzero().squeeze(-1), size)
     got = gradients(sampled.policy)
     losses.of_idle(idle.nonzero().squeeze(-1))
     for key, gradient in wanted.items():
         torch.testing.assert_close(got[key], gradient, rtol=0, atol=1e-10)
     assert max(float(g.abs().max()) for g in wanted.values()) > 1e-3
-    assert float(losses.metrics["loss"].numerator) == pytest.approx(float(out.loss.detach()), abs=1e-10)
+    assert float(losses.step["loss"].numerator) == pytest.approx(float(out.loss.detach()), abs=1e-10)
     assert torch.equal(losses.clipped, out.clipped & ~idle[:, None])
     # Of idle rows the ratio is not known; CISPO cuts it without advantage too.
     of_run_rows = ("kl/", "clip_fraction") if name == "cispo" else ("kl/",)
     for key, ratio in out.metrics.items():
         if not (key.startswith(of_run_rows) and idle.any()):
-            assert [float(x) for x in losses.metrics[key]] == pytest.approx([float(x) for x in ratio], abs=1e-9), key
+            assert [float(x) for x in losses.step[key]] == pytest.approx([float(x) for x in ratio], abs=1e-9), key
 
 
 def test_idle_rows_are_those_without_advantage_and_weights(sampled):
@@ -151,11 +150,11 @@ def test_idle_rows_are_those_without_advantage_and_weights(sampled):
 def test_on_policy_the_ratio_is_one_whatever_rounding_recorded(sampled):
     """With recorded log-probabilities |log r| would pull in the direction of their rounding errors."""
     module, _, losses = setting(sampled, OBJECTIVES["kl_cov"])
-    _backward(module, losses, torch.arange(48))
-    assert float(losses.metrics["grad_share/drift"].numerator) == 0
-    assert float(losses.metrics["kl/old"].numerator) == 0
-    assert float(losses.metrics["grad_share/policy"].numerator) > 0
-    numerator, denominator = losses.metrics["logp_gap"]
+    _backward(module, losses, torch.arange(48), 5)
+    assert float(losses.step["grad_share/drift"].numerator) == 0
+    assert float(losses.step["kl/old"].numerator) == 0
+    assert float(losses.step["grad_share/policy"].numerator) > 0
+    numerator, denominator = losses.step["logp_gap"]
     with torch.no_grad():
         own = _plain(sampled.policy, sampled.rollouts, TEMPERATURE, False).logp
     gap = (sampled.rollouts.logp - own).abs()[sampled.rollouts.mask].sum()

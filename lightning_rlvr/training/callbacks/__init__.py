@@ -2,6 +2,7 @@
 
 from lightning_rlvr.training.callbacks.adaptive_order import AdaptiveOrder
 from lightning_rlvr.training.callbacks.checkpoints import RunCheckpoints
+from lightning_rlvr.training.callbacks.entropy_alarm import EntropyAlarm
 from lightning_rlvr.training.callbacks.evaluate_ends import EvaluateEnds
 from lightning_rlvr.training.callbacks.export import ExportPolicy
 from lightning_rlvr.training.callbacks.inert import InertTerms
@@ -16,6 +17,7 @@ from lightning_rlvr.training.callbacks.summary import RunSummary
 
 __all__ = [
     "AdaptiveOrder",
+    "EntropyAlarm",
     "EvaluateEnds",
     "ExportPolicy",
     "InertTerms",

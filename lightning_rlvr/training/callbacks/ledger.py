@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_rlvr.ops.covariance import token_covariance
+from lightning_rlvr.store import whole_file
 from lightning_rlvr.training.distributed import gather_stats
 from lightning_rlvr.training.experience import StepObserver, StepRecord
 from lightning_rlvr.types import UserError
@@ -58,10 +59,12 @@ class TokenLedger(StepObserver):
         folder = Path(module.trainer.default_root_dir) / "ledger"
         folder.mkdir(exist_ok=True)
         stem = folder / f"{record.number:06d}"
-        table.to_parquet(stem.with_suffix(".parquet"), index=False)
+        with whole_file(stem.with_suffix(".parquet")) as file:
+            table.to_parquet(file, index=False)
         prompts = {(p.uid, i % record.group_size): p.text for i, p in enumerate(record.experience.prompts)}
         page = ledger_page(table, prompts, self.responses)
-        stem.with_suffix(".html").write_text(page, encoding="utf-8")
+        with whole_file(stem.with_suffix(".html")) as file:
+            file.write(page.encode())
 
 
 def ledger_table(

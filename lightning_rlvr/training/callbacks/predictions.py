@@ -13,11 +13,16 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 class PredictionWriter(BasePredictionWriter):
     """Writes one JSON object a response to predictions.jsonl in the run's folder, batch by batch.
 
-    With several processes each writes a file of its own, predictions-RANK.jsonl.
+    With several processes each writes a file of its own, predictions-RANK.jsonl. Until all are written the file is
+    called .predictions.jsonl.partial.
     """
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the file, also where this process has no question."""
+        self._partial(trainer).touch()
 
     def write_on_batch_end(
         self,
@@ -30,6 +35,15 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Append the responses of a batch."""
-        name = "predictions.jsonl" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.jsonl"
-        with (Path(trainer.default_root_dir) / name).open("a", encoding="utf-8") as file:
+        with self._partial(trainer).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in prediction)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the file its name, now that it is whole."""
+        partial = self._partial(trainer)
+        partial.replace(partial.with_name(partial.stem.removeprefix(".")))
+
+    @staticmethod
+    def _partial(trainer: Trainer) -> Path:
+        rank = "" if trainer.world_size == 1 else f"-{trainer.global_rank}"
+        return Path(trainer.default_root_dir) / f".predictions{rank}.jsonl.partial"
