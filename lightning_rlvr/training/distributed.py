@@ -27,6 +27,15 @@ def all_ranks(here: bool) -> bool:
     return bool(agreed)
 
 
+def most(here: int) -> int:
+    """Return the greatest of the ranks' numbers."""
+    if world_size() == 1:
+        return here
+    greatest = torch.tensor(here, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
+    return int(greatest)
+
+
 def gather_shares(mine: Sequence[float]) -> list[float]:
     """Return the values of all ranks, where rank r holds every world-th from the r-th on; all hold equally many."""
     if world_size() == 1:

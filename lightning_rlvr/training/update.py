@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -10,11 +9,10 @@ import torch
 from jaxtyping import Bool, Int
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_rlvr.models.forward import TokenValues, micro_batches, response_loss
-from lightning_rlvr.training.distributed import add_ratios, world_size
+from lightning_rlvr.models.forward import TokenValues, micro_batches, response_loss, sharded
+from lightning_rlvr.training.distributed import add_ratios, most, world_size
 from lightning_rlvr.types import Objective, Ratio, TokenBatch, TokenPlan
 
 if TYPE_CHECKING:
@@ -35,16 +33,16 @@ def update_policy(module: RLVRModule, record: StepRecord) -> tuple[dict[str, Rat
     for number in range(int(update.max()) + 1):
         optimizer.zero_grad()
         rows = (update == number).nonzero().squeeze(-1)
-        # The optimizer, and other ranks, wait for a gradient, be it 0.
-        moving = rows[~idle[rows]] if not idle[rows].all() else rows[:1]
+        # The optimizer, and other ranks, wait for a gradient, be it 0; with sharded weights for each pass.
+        count = max(1, int((~idle[rows]).sum()))
+        count = most(count) if sharded(module.policy) else count
+        moving = rows[idle[rows].int().argsort(stable=True)[:count].sort().values]
         _backward(module, losses, moving)
         losses.of_idle(rows[~torch.isin(rows, moving)])
         losses.add({"skipped_rows": Ratio(torch.tensor(len(rows) - len(moving)), torch.tensor(len(rows)))})
-        bound = float("inf") if module.max_grad_norm is None else module.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(module.policy.parameters(), bound)
-        rate = norm.new_tensor(optimizer.param_groups[0]["lr"])
-        losses.add({"grad_norm": Ratio(norm, norm.new_ones(())), "lr": Ratio(rate, norm.new_ones(()))})
-        optimizer.step()
+        rate = torch.tensor(optimizer.param_groups[0]["lr"])
+        norm = module.parallel.step(optimizer, module.max_grad_norm)
+        losses.add({"grad_norm": Ratio(norm, norm.new_ones(())), "lr": Ratio(rate, rate.new_ones(()))})
         losses.on_policy = False
         if schedule is not None:
             schedule.step()
@@ -68,8 +66,8 @@ def _backward(module: RLVRModule, losses: _Losses, rows: Int[Tensor, " M"]) -> N
             objective.needs_entropy,
             reference,
         )
-        with _synchronised(module, i + 1 == len(parts)):
-            module.manual_backward(loss * world_size())  # ranks average gradients; the plan's weights sum
+        # Ranks average gradients; the plan's weights sum.
+        module.parallel.backward(loss * world_size(), last=i + 1 == len(parts))
         losses.add({"loss": Ratio(loss.detach(), loss.new_ones(()))})
 
 
@@ -132,9 +130,3 @@ class _Losses:
             entropy=values.entropy,
             full_kl=values.full_kl,
         )
-
-
-def _synchronised(module: RLVRModule, last: bool) -> AbstractContextManager[None]:
-    """Let ranks exchange gradients at the last backward pass of a step only."""
-    wrapped = getattr(module.trainer, "model", None)
-    return nullcontext() if last or not isinstance(wrapped, DistributedDataParallel) else wrapped.no_sync()
