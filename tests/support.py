@@ -45,14 +45,14 @@ def arguments(subcommand: str, run_dir: Path, overlay: Path | None = None, **cha
 
 
 def two_processes(script: str, folder: Path) -> None:
-    """Run a script as two processes, each given its rank and the folder; both must end well within a minute."""
+    """Run a script as two processes, each given its rank and the folder; idle machines take half a minute for it."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen([sys.executable, script, str(rank), str(folder)], env=env, stderr=subprocess.PIPE, text=True)
         for rank in (0, 1)
     ]
     try:
-        errors = [process.communicate(timeout=60)[1] for process in processes]
+        errors = [process.communicate(timeout=240)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -192,7 +192,9 @@ class Mortal(ManyVowels):
         return super().__call__(responses, prompts)
 
 
-def train(tmp_path, objective=None, dtype="float64", updates=3, lr=1e-3, reward=None, rollouts_done=0, **settings):
+def train(
+    tmp_path, objective=None, dtype="float64", updates=3, lr=1e-3, reward=None, rollouts_done=0, policy=None, **settings
+):
     """Train a tiny policy without the command line; by default with SENT, whose every term moves it."""
     from functools import partial
 
@@ -204,7 +206,7 @@ def train(tmp_path, objective=None, dtype="float64", updates=3, lr=1e-3, reward=
     from lightning_rlvr.types import Sampling
 
     module = RLVRModule(
-        TinyPolicy(dtype=dtype),
+        policy or TinyPolicy(dtype=dtype),
         objective or SENT(low_entropy_quantile=0.8, high_cov_fraction=0.1, beta_low=0.5, beta_high=2.0),
         reward or ManyVowels(),
         Sampling(10),

@@ -48,8 +48,10 @@ class Checkpoint(PolicySource):
         """
         weights = {k.removeprefix(PREFIX): v for k, v in self._weights().items() if k.startswith(PREFIX)}
         policy = self._origin().load()
+        named = policy.model.named_parameters(remove_duplicate=False)
+        untrained = {name: weight.detach() for name, weight in named if not weight.requires_grad}
         try:
-            policy.model.load_state_dict(weights)
+            policy.model.load_state_dict(untrained | weights)  # a checkpoint holds what is trained
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(

@@ -1,9 +1,10 @@
 """The training pass: log-probabilities of given responses under a model, and losses of them.
 
-Two ways lead to the same values. The packed one computes what counts: each prompt once for all its responses, little
+Three ways lead to the same values. The packed one computes what counts: each prompt once for all its responses, little
 padding, and the vocabulary of counted tokens only, chunk by chunk. It takes a model whose logits are a linear layer of
-its backbone's last hidden states, and whose responses can go on from a prompt's cache. The plain one takes any model
-and holds the logits of all response positions; the exact KL over the vocabulary needs them.
+its backbone's last hidden states, and whose responses can go on from a prompt's cache. The joined one differs in that
+a prompt is computed for every response: with sharded weights or recomputed activations there can be no cache. The
+plain one takes any model and holds the logits of all response positions; the exact KL over the vocabulary needs them.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
-from lightning_rlvr.models.packing import packed_states, parts_of
+from lightning_rlvr.models.packing import States, joined_states, packed_states, parts_of
 from lightning_rlvr.ops.kl import kl_full
 from lightning_rlvr.ops.linear_logprob import linear_logprob, linear_logprob_loss
 from lightning_rlvr.ops.logprob import entropy, log_softmax, token_logp
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 # How far both ways may lie apart on the probe, as a share of the largest log-probability: rounding, with room.
 PROBE_TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.02}
 PROBE_TOLERANCE_WIDE = 1e-3
+WITHIN = "compute_within"  # method of a sharded model
+T = TypeVar("T")
 PROBE_SCALES = (1.0, 1000.0)  # of the hidden states: where logits are large, a soft cap on them shows
 
 
@@ -96,17 +101,21 @@ def response_loss(
     if reference is not None or not packs(model):
         every = torch.arange(len(rollouts.mask), device=rollouts.mask.device)
         return loss_of(_plain(model, rollouts, temperature, with_entropy, reference), every)
-    states, rows = packed_states(model.get_decoder(), rollouts)
-    mask = rollouts.mask[rows]
 
-    def loss_of_part(logp: Tensor, entropy: Tensor | None, part: slice) -> Tensor:
-        return loss_of(_spread(logp, entropy, mask[part]), rows[part])
+    def compute() -> Tensor:
+        states, rows = _states(model, rollouts)
+        mask = rollouts.mask[rows]
 
-    head, target = model.get_output_embeddings(), rollouts.response_ids[rows][mask]
-    loss, _ = linear_logprob_loss(
-        states, head.weight, target, mask.sum(dim=1), loss_of_part, temperature, head.bias, with_entropy
-    )
-    return loss
+        def loss_of_part(logp: Tensor, entropy: Tensor | None, part: slice) -> Tensor:
+            return loss_of(_spread(logp, entropy, mask[part]), rows[part])
+
+        head, target = model.get_output_embeddings(), rollouts.response_ids[rows][mask]
+        loss, _ = linear_logprob_loss(
+            states, head.weight, target, mask.sum(dim=1), loss_of_part, temperature, head.bias, with_entropy
+        )
+        return loss
+
+    return _within(model, compute)
 
 
 def micro_batches(
@@ -114,13 +123,32 @@ def micro_batches(
 ) -> list[Int[Tensor, " m"]]:
     """Cut the given rows into parts for one pass each, of as many tokens as `size` rows of the greatest length have.
 
-    Where the plain way is taken, padding is computed too, and a part is `size` rows of any length.
+    Where prompts are not shared, padding is computed too, and a part is `size` rows of any length, the longest first.
     """
-    return list(rows.split(size)) if full_kl or not packs(model) else parts_of(rollouts, rows, size)
+    if full_kl or not packs(model):
+        return list(rows.split(size))
+    if joins(model):
+        return list(rows[rollouts.mask[rows].sum(dim=1).argsort(descending=True, stable=True)].split(size))
+    return parts_of(rollouts, rows, size)
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether each process holds a part of each weight, so that all of them must make the same passes."""
+    return isinstance(model, FSDPModule) or _partitioned(model)
+
+
+def joins(model: PreTrainedModel) -> bool:
+    """Whether each prompt is computed with each of its responses: a cache cannot outlive its layer's pass."""
+    return sharded(model) or any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+
+
+def _partitioned(model: nn.Module) -> bool:
+    """Whether DeepSpeed's ZeRO stage 3 holds the weights; it gathers a module's for the module's own forward only."""
+    return hasattr(next(model.parameters()), "ds_id")
 
 
 def packs(model: PreTrainedModel) -> bool:
-    """Whether the packed way gives what the plain way gives: found out once for each model, on a few tokens."""
+    """Whether the packed or joined way gives what the plain way gives: found out once for a model, on a few tokens."""
     if model not in _PACKS:
         reason = _probe(model)
         _PACKS[model] = reason is None
@@ -139,8 +167,10 @@ _PACKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what probes 
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> str | None:
     """Compare both ways on two prompts with two responses each; return why the packed one is not to be taken."""
+    if _partitioned(model):  # a look at the head's weight would gather it for the rest of the run
+        return "ZeRO stage 3 holds its weights in parts"
     head, backbone = model.get_output_embeddings(), model.get_decoder()
-    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or backbone is model:
+    if type(head) is not nn.Linear or type(head.weight) not in (nn.Parameter, DTensor) or backbone is model:
         return "its output layer is not a plain linear layer on a backbone"
     generator = torch.Generator().manual_seed(0)
     prompts, responses = torch.randint(head.out_features, (2, 2, 4), generator=generator).to(model.device)
@@ -176,18 +206,31 @@ def _scale_states(scale: float, backbone: nn.Module, args: Any, output: Any) -> 
 
 
 def _packed(model: PreTrainedModel, rollouts: Rollouts, temperature: float, with_entropy: bool) -> TokenValues:
-    states, rows = packed_states(model.get_decoder(), rollouts)
-    head, mask = model.get_output_embeddings(), rollouts.mask[rows]
-    target = rollouts.response_ids[rows][mask]
-    if torch.is_grad_enabled():
-        values = linear_logprob(states, head.weight, target, temperature, head.bias, with_entropy)
-    else:  # cut into the same chunks as in `response_loss`, so that a policy equals itself to the bit
-        _, values = linear_logprob_loss(
-            states, head.weight, target, mask.sum(dim=1), _no_loss, temperature, head.bias, with_entropy
-        )
-    logp, entropy, _ = _spread(values.logp, values.entropy, mask)
-    back = rows.argsort()
-    return TokenValues(logp[back], None if entropy is None else entropy[back], None)
+    def compute() -> TokenValues:
+        states, rows = _states(model, rollouts)
+        head, mask = model.get_output_embeddings(), rollouts.mask[rows]
+        target = rollouts.response_ids[rows][mask]
+        if torch.is_grad_enabled():
+            values = linear_logprob(states, head.weight, target, temperature, head.bias, with_entropy)
+        else:  # cut into the same chunks as in `response_loss`, so that a policy equals itself to the bit
+            _, values = linear_logprob_loss(
+                states, head.weight, target, mask.sum(dim=1), _no_loss, temperature, head.bias, with_entropy
+            )
+        logp, entropy, _ = _spread(values.logp, values.entropy, mask)
+        back = rows.argsort()
+        return TokenValues(logp[back], None if entropy is None else entropy[back], None)
+
+    return _within(model, compute)
+
+
+def _states(model: PreTrainedModel, rollouts: Rollouts) -> States:
+    return (joined_states if joins(model) else packed_states)(model.get_decoder(), rollouts)
+
+
+def _within(model: nn.Module, compute: Callable[[], T]) -> T:
+    """Compute with all weights of the model outside its layers at hand, as in its own forward: see `shard`."""
+    method = getattr(model, WITHIN, None)
+    return compute() if method is None else method(compute)
 
 
 def _no_loss(logp: Tensor, entropy: Tensor | None, rows: slice) -> Tensor:

@@ -58,11 +58,28 @@ def packed_states(backbone: nn.Module, rollouts: Rollouts) -> States:
     return States(torch.cat(hidden), order)
 
 
-def run_backbone(backbone: nn.Module, ids: Tensor, seen: Tensor, cache: object) -> Tensor:
+def joined_states(backbone: nn.Module, rollouts: Rollouts) -> States:
+    """Run the model without its head over each prompt with its response, in one pass and without a cache.
+
+    All processes make the same number of passes, and a layer is computed from its input alone: what sharded weights
+    and recomputed activations need.
+    """
+    start, width = int(rollouts.prompt_mask.any(dim=0).int().argmax()), max(1, int(rollouts.mask.any(dim=0).sum()))
+    ids = torch.cat([rollouts.prompt_ids[:, start:], rollouts.response_ids[:, : width - 1]], dim=1)
+    seen = torch.cat([rollouts.prompt_mask[:, start:], rollouts.mask[:, : width - 1]], dim=1)
+    states = run_backbone(backbone, ids, seen)[:, -width:]
+    return States(states[rollouts.mask[:, :width]], torch.arange(len(ids), device=ids.device))
+
+
+def run_backbone(backbone: nn.Module, ids: Tensor, seen: Tensor, cache: object | None = None) -> Tensor:
     """Return the last hidden states of `ids`; `seen` also covers what the cache holds."""
     positions = (seen.long().cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     output = backbone(
-        input_ids=ids, attention_mask=seen.long(), position_ids=positions, past_key_values=cache, use_cache=True
+        input_ids=ids,
+        attention_mask=seen.long(),
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
     )
     return output.last_hidden_state
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 NAME_KEY = "Set model.policy.init_args.name (in evaluate: models)."
 PACKAGE = "package:"
 DECIDING = (".safetensors", ".bin", ".gguf", ".json", ".model", ".txt", ".jinja", ".py")  # kinds of file
+UNDECIDING = ("name", "gradient_checkpointing", "cache_dir")  # settings
 CHUNK_BYTES = 1 << 20  # read at a time for the fingerprint
 GGUF_NEEDS = ("gguf", "accelerate")
 
@@ -47,6 +48,8 @@ class Pretrained(PolicySource):
         attn_implementation: as in transformers.
         revision: branch, tag or commit of a hub name.
         trust_remote_code: whether Python code that comes with the model may run.
+        gradient_checkpointing: recompute each layer in the backward pass rather than keep what it computed. Less
+            memory; a prompt is then computed for each of its responses.
         cache_dir: where dequantised models go; None is $LIGHTNING_RLVR_CACHE or ~/.cache/lightning_rlvr.
     """
 
@@ -56,6 +59,7 @@ class Pretrained(PolicySource):
     attn_implementation: str = "sdpa"
     revision: str | None = None
     trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
     cache_dir: str | None = None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -89,7 +93,11 @@ class Pretrained(PolicySource):
                 attn_implementation=self.attn_implementation,
                 trust_remote_code=self.trust_remote_code,
             )
-        return Policy(finish_model(model), self.tokenizer())
+        finish_model(model)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()  # else it would keep everything
+        return Policy(model, self.tokenizer())
 
     def skeleton(self) -> PreTrainedModel:
         """Return the model without weights, by its config.json (or GGUF file).
@@ -112,7 +120,7 @@ class Pretrained(PolicySource):
 
     def fingerprint(self) -> str:
         """Hash the settings and the content of the model's folder; a file is read once in a process."""
-        settings = {key: value for key, value in asdict(self).items() if key not in ("name", "cache_dir")}
+        settings = {key: value for key, value in asdict(self).items() if key not in UNDECIDING}
         return _digest([settings, _content(self._origin(), self.gguf_file)])
 
     def _folder(self, weights: bool = True) -> Path:

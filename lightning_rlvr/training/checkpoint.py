@@ -121,7 +121,7 @@ def check_checkpoint(
     Raises: UserError if weights of the policy are missing or have another shape, the checkpoint is not one of ours,
         it holds the state of another objective, or lacks a reference that is no longer the initial policy.
     """
-    stored = checkpoint["state_dict"]
+    stored = checkpoint.get("state_dict", weights)  # a strategy of sharded weights has loaded and removed them
     mine = {name: weight for name, weight in weights.items() if name.startswith("policy.")}
     wrong = [name for name, weight in mine.items() if name not in stored or stored[name].shape != weight.shape]
     if wrong or not set(COUNTS) <= checkpoint.keys():

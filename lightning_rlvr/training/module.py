@@ -11,12 +11,14 @@ import torch
 from lightning import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor, nn
 
 from lightning_rlvr.curriculum import CurriculumSampler
 from lightning_rlvr.metrics import EvaluationMetrics
 from lightning_rlvr.models import Policy, PolicySource, PromptFormat
 from lightning_rlvr.models.forward import TokenValues, batch_logp, micro_batches
+from lightning_rlvr.models.lora import adapted, frozen
 from lightning_rlvr.ops.advantages import group_advantages
 from lightning_rlvr.rewards import verdicts_of
 from lightning_rlvr.rollout import TransformersEngine, seed_of
@@ -33,6 +35,7 @@ from lightning_rlvr.training.experience import (
     pull_covariance,
 )
 from lightning_rlvr.training.numbers import total, without_nan
+from lightning_rlvr.training.parallel import Parallel, parallel_of
 from lightning_rlvr.training.update import in_micro_batches, update_policy
 from lightning_rlvr.types import (
     Objective,
@@ -82,6 +85,7 @@ class RLVRModule(LightningModule):
         max_grad_norm: bound on the norm of the gradient, null for none.
         max_skipped_updates: updates in a row that may be left out, since their loss or gradient is nan or inf, before
             the run ends with an error.
+        offload_reference: keep the reference in the CPU's memory but for its pass over each rollout batch.
         pass_at: the k of each pass@k that validation and test report.
         seed: names all randomness of rollouts.
 
@@ -108,6 +112,7 @@ class RLVRModule(LightningModule):
         max_skipped_updates: int = 3,
         recompute_logp: bool | Literal["auto"] = "auto",
         dynamic_sampling: int = 0,
+        offload_reference: bool = False,
         pass_at: list[int] = [8],  # noqa: B006 - never changed
         seed: int = 1,
     ) -> None:
@@ -121,6 +126,11 @@ class RLVRModule(LightningModule):
             raise UserError(
                 f"dynamic_sampling must be 0 (off) or a number of rollout batches, got {dynamic_sampling}. "
                 "Set model.dynamic_sampling."
+            )
+        if offload_reference and objective.needs_full_kl:
+            raise UserError(
+                "offload_reference must be false with kl_estimator full, got true: every micro-batch reads the "
+                "reference. Set model.offload_reference, or model.objective.init_args.kl_estimator."
             )
         for key, value in (
             ("updates_per_rollout", updates_per_rollout),
@@ -145,8 +155,9 @@ class RLVRModule(LightningModule):
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self.updates_per_rollout, self.micro_batch_size = updates_per_rollout, micro_batch_size
         self.rollout_rows, self.max_grad_norm, self.pass_at = rollout_rows, max_grad_norm, pass_at
-        self.seed = seed
+        self.seed, self.offload_reference = seed, offload_reference
         self.max_skipped_updates, self.skipped_in_a_row = max_skipped_updates, 0
+        self.parallel = Parallel(self)
         self.rollouts_done = 0  # rollout batches so far: names the randomness of the next
         self.groups = GroupBuffer(dynamic_sampling) if dynamic_sampling else None
         self.batches_trained = 0  # fewer than rollouts_done with dynamic sampling
@@ -165,19 +176,33 @@ class RLVRModule(LightningModule):
         with self.clock.part("warm_start"):
             self.policy_source.prepare()
 
+    def setup(self, stage: str) -> None:
+        """Load the models before DeepSpeed would have each of their modules made in parts."""
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            self.configure_model()
+
     def configure_model(self) -> None:
-        """Load the policy and, if the objective reads it, the frozen reference."""
+        """Load the policy and, if the objective reads it, the frozen reference; shard them if the strategy does."""
         if hasattr(self, "policy"):
             return
         self.policy, self.tokenizer = self.policy_source.load()
-        self.reference = None
-        if self.objective.needs_reference:
-            self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
+        self.reference = frozen(self.policy) if self.objective.needs_reference else None
+        self.parallel = parallel_of(self)
 
     def on_fit_start(self) -> None:
-        """Refuse float16, whose loss scaling would also scale the gradient norm that is bounded and logged."""
+        """Refuse what cannot be right; take the reference off the device if it is not to stay there.
+
+        Float16's loss scaling would also scale the gradient norm that is bounded and logged.
+        """
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise UserError("precision 16-mixed is not supported: gradients would be clipped scaled. Set bf16-mixed.")
+        if self.offload_reference and self.reference is not None:
+            if adapted(self.policy):
+                raise UserError(
+                    "offload_reference must be false for a policy with adapters, got true: the reference is the "
+                    "weights beneath them and takes no memory. Set model.offload_reference."
+                )
+            nn.Module.to(self.reference, "cpu")
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over the policy's parameters, with its schedule if there is one."""
@@ -270,7 +295,9 @@ class RLVRModule(LightningModule):
             prompts = [self.encode(prompt.text) for prompt in batch.prompts]
             seeds = [seed_of(self.seed, purpose, prompt.uid) for prompt in batch.prompts]
             engine = self.engine
-            rollouts = engine.generate(prompts, seeds, batch.samples, sampling)
+            # Weights that were gathered in the inference mode of a validation could not be trained.
+            with torch.inference_mode(False), torch.no_grad(), self.parallel.whole(self.policy):
+                rollouts = engine.generate(prompts, seeds, batch.samples, sampling)
             self.rollout_rows = engine.max_rows
             responses = self.decode(rollouts)
         repeated = [prompt for prompt in batch.prompts for _ in range(batch.samples)]
@@ -328,7 +355,12 @@ class RLVRModule(LightningModule):
         bit, and the KL has no gradient.
         """
         assert self.reference is not None
-        return self._batch_logp(self.reference, rollouts, update).logp
+        if self.offload_reference:
+            nn.Module.to(self.reference, self.device)
+        logp = self._batch_logp(self.reference, rollouts, update).logp
+        if self.offload_reference:
+            nn.Module.to(self.reference, "cpu")
+        return logp
 
     def _batch_logp(
         self, model: PreTrainedModel, rollouts: Rollouts, update: Tensor, with_entropy: bool = False
@@ -390,17 +422,24 @@ class RLVRModule(LightningModule):
     # --- Lightning -------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out the reference while it is what the policy's source gives again; keep what names the next step."""
-        weights = checkpoint["state_dict"]
-        if not self.reference_moved:
-            checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("reference.")}
+        """Leave out what the policy's source gives again; keep what names the next step."""
+        given = self._given(self.reference_moved)
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in given}
         checkpoint |= {name: getattr(self, name) for name in COUNTS}
         checkpoint["groups_wanted"] = None if self.groups is None else self.groups.wanted
         checkpoint["seconds"] = dict(self.clock.seconds)
 
+    def _given(self, reference_moved: bool) -> set[str]:
+        """Return the names of weights that are never trained; a reference that has moved is the run's own."""
+        named = self.named_parameters(remove_duplicate=False)
+        given = {name for name, weight in named if not weight.requires_grad}
+        return {name for name in given if not (reference_moved and name.startswith("reference."))}
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the counts of a checkpoint of this policy and objective. Raises: UserError if it is of another."""
-        check_checkpoint(checkpoint, self.state_dict(), self.objective_state)
+        given = self._given(checkpoint.get("reference_moved", False))
+        weights = {name: weight for name, weight in self.state_dict().items() if name not in given}
+        check_checkpoint(checkpoint, weights, self.objective_state)
         for name in COUNTS:
             setattr(self, name, checkpoint[name])
         if self.groups is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_rlvr.models import finish_model
+from lightning_rlvr.models.lora import save_model
 from lightning_rlvr.types import Rollouts, UserError
 
 if TYPE_CHECKING:
@@ -33,9 +34,16 @@ class Replay(NamedTuple):
 
 
 def save_replay(folder: Path, module: RLVRModule, record: StepRecord) -> None:
-    """Write a rollout batch with the policy before its update, and the reference; the whole folder or none."""
+    """Write a rollout batch with the policy before its update, and the reference; the whole folder or none.
+
+    All processes must call it; the first writes.
+    """
     from safetensors.torch import save_file
 
+    models = {"policy": module.policy} | ({} if module.reference is None else {"reference": module.reference})
+    states = {name: module.parallel.full_state(model) for name, model in models.items()}
+    if not module.trainer.is_global_zero:
+        return
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -46,10 +54,9 @@ def save_replay(folder: Path, module: RLVRModule, record: StepRecord) -> None:
     about = {"group_size": record.group_size, "temperature": module.sampling.temperature}
     save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial / "batch.safetensors")
     (partial / "batch.json").write_text(json.dumps(about), encoding="utf-8")
-    module.policy.save_pretrained(partial / "policy")
+    for name, state in states.items():
+        save_model(models[name], state, partial / name)
     module.tokenizer.save_pretrained(partial / "policy")
-    if module.reference is not None:
-        module.reference.save_pretrained(partial / "reference")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

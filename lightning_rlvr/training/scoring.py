@@ -116,18 +116,19 @@ class QuestionScores:
 
     def _score(self, store: Store, done: set[str]) -> None:
         module, policy = self.module, self._initial_policy()
-        scores.score_questions(
-            self.prompts,
-            partial(module.prompt_format.encode, policy.tokenizer),
-            policy.decode,
-            TransformersEngine.of(policy, module.rollout_rows),
-            module.reward,
-            self.scoring,
-            module.sampling.max_new_tokens,
-            store,
-            done,
-            self.trainer.world_size,
-        )
+        with module.parallel.whole(policy.model):
+            scores.score_questions(
+                self.prompts,
+                partial(module.prompt_format.encode, policy.tokenizer),
+                policy.decode,
+                TransformersEngine.of(policy, module.rollout_rows),
+                module.reward,
+                self.scoring,
+                module.sampling.max_new_tokens,
+                store,
+                done,
+                self.trainer.world_size,
+            )
 
     def _initial_policy(self) -> Policy:
         """Return the policy that scores are of: a fresh copy, where the module's own has been trained already."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -11,12 +11,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_rlvr.models.forward import TokenValues, micro_batches, response_loss
+from lightning_rlvr.models.forward import TokenValues, micro_batches, response_loss, sharded
 from lightning_rlvr.models.memory import ERRORS, in_smaller_parts, out_of_memory
-from lightning_rlvr.training.distributed import add_ratios, all_ranks, world_size
+from lightning_rlvr.training.distributed import add_ratios, all_ranks, largest, world_size
 from lightning_rlvr.training.numbers import leave_out, total
 from lightning_rlvr.types import Objective, Ratio, TokenBatch, TokenPlan, UserError
 
@@ -39,27 +38,25 @@ def update_policy(module: RLVRModule, record: StepRecord) -> tuple[dict[str, Rat
     losses, known = _Losses(module, record), total(record.stats)
     for number in range(int(update.max()) + 1):
         rows = (update == number).nonzero().squeeze(-1)
-        # The optimizer, and other ranks, wait for a gradient, be it 0.
-        moving = rows[~idle[rows]] if not idle[rows].all() else rows[:1]
+        # The optimizer, and other ranks, wait for a gradient, be it 0; with sharded weights for each pass.
+        count = max(1, int((~idle[rows]).sum()))
+        count = largest(count) if sharded(module.policy) else count
+        moving = rows[idle[rows].int().argsort(stable=True)[:count].sort().values]
         loss = in_micro_batches(module, partial(_backward, module, losses, moving))
         losses.of_idle(rows[~torch.isin(rows, moving)])
         losses.add({"skipped_rows": Ratio(torch.tensor(len(rows) - len(moving)), torch.tensor(len(rows)))})
-        bound = float("inf") if module.max_grad_norm is None else module.max_grad_norm
-        gradients = [p.grad for p in module.policy.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        rate = norm.new_tensor(optimizer.param_groups[0]["lr"])
-        losses.add({"grad_norm": Ratio(norm, norm.new_ones(())), "lr": Ratio(rate, norm.new_ones(()))})
+        rate, norm = torch.tensor(optimizer.param_groups[0]["lr"]), module.parallel.norm()
         finite = all_ranks(bool((known + loss).isfinite()) & bool(norm.isfinite()))
         if finite:
             module.skipped_in_a_row = 0
-            torch.nn.utils.clip_grads_with_norm_(module.policy.parameters(), bound, norm)
-            optimizer.step()
+            norm = module.parallel.step(optimizer, module.max_grad_norm, norm)
             losses.on_policy = False
             if schedule is not None:
                 schedule.step()
         else:
             leave_out(module, record, losses.step)
-            optimizer.zero_grad()
+            module.parallel.drop(optimizer)
+        losses.add({"grad_norm": Ratio(norm, norm.new_ones(())), "lr": Ratio(rate, rate.new_ones(()))})
         losses.add({"skipped_updates": Ratio(norm.new_tensor(float(not finite)), norm.new_tensor(float(number == 0)))})
         losses.close_step()
     # A step's loss is the sum over its micro-batches and over ranks, not their mean.
@@ -71,7 +68,7 @@ def update_policy(module: RLVRModule, record: StepRecord) -> tuple[dict[str, Rat
 def in_micro_batches(module: RLVRModule, work: Callable[[int], Result]) -> Result:
     """Return work(micro-batch size); where memory runs out the size is halved, for the rest of the run."""
     # A forward pass through shards waits for other ranks, so it cannot be begun again by one.
-    alone = world_size() == 1 or isinstance(getattr(module.trainer, "model", None), DistributedDataParallel)
+    alone = world_size() == 1 or not sharded(module.policy)
     size = module.micro_batch_size
     others = "model.sampling.max_new_tokens or data.max_prompt_tokens, or let a smaller model train"
     least = 1 if alone else size
@@ -95,8 +92,9 @@ def _backward(module: RLVRModule, losses: _Losses, rows: Int[Tensor, " M"], size
             objective.needs_entropy,
             reference,
         )
-        with _synchronised(module, i + 1 == len(parts)):
-            module.manual_backward(loss * world_size())  # ranks average gradients; the plan's weights sum
+        last = i + 1 == len(parts)
+        with _begun_again(module, apart=world_size() == 1 or (module.parallel.meets_last and not last)):
+            module.parallel.backward(loss * world_size(), last)  # ranks average gradients; the plan's weights sum
         losses.add({"loss": Ratio(loss.detach(), loss.new_ones(()))})
     return losses.step["loss"].numerator
 
@@ -169,19 +167,15 @@ class _Losses:
 
 
 @contextmanager
-def _synchronised(module: RLVRModule, last: bool) -> Iterator[None]:
-    """Let ranks exchange gradients at the last backward pass of a step only.
+def _begun_again(module: RLVRModule, apart: bool) -> Iterator[None]:
+    """Say so if memory runs out where other ranks are waited for, that is not `apart` from them.
 
-    Raises: UserError if memory runs out where other ranks are waited for: a step begun again would meet them in the
-        midst of theirs. Before that it may be, since they wait.
+    Raises: UserError, since a step begun again would meet the others in the midst of theirs.
     """
-    wrapped = getattr(module.trainer, "model", None)
-    alone = wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else None
     try:
-        with alone or nullcontext():
-            yield
+        yield
     except ERRORS as error:
-        if alone or world_size() == 1 or not out_of_memory(error):
+        if apart or not out_of_memory(error):
             raise
         raise UserError(
             f"memory ran out on rank {module.global_rank} while ranks exchange gradients, where a step cannot be begun "

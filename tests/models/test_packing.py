@@ -6,8 +6,16 @@ import pytest
 import torch
 from support import TinyPolicy, exact
 
-from lightning_rlvr.models import packing
-from lightning_rlvr.models.forward import _plain, batch_logp, micro_batches, packs, response_logp, response_loss
+from lightning_rlvr.models import finish_model, packing
+from lightning_rlvr.models.forward import (
+    _plain,
+    batch_logp,
+    joins,
+    micro_batches,
+    packs,
+    response_logp,
+    response_loss,
+)
 from lightning_rlvr.models.packing import distinct_prompts, parts_of, passes
 from lightning_rlvr.types import Rollouts
 
@@ -100,10 +108,17 @@ def objective(values, weight):
     return rows.sum() + rows.square().sum() / 9 - (values.entropy * weight.square()).sum()
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_values_and_gradients_equal_those_of_the_plain_way(model, dtype, bound, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "bound", "recompute"),
+    [(torch.float64, 1e-10, False), (torch.float32, 1e-5, False), (torch.float64, 1e-10, True)],
+)
+def test_values_and_gradients_equal_those_of_the_plain_way(model, dtype, bound, recompute, monkeypatch):
     monkeypatch.setattr(packing, "PASS_TOKENS", 3)  # several passes
     model = exact(model.to(dtype))
+    if recompute:
+        finish_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    assert joins(model) == recompute
     assert packs(model)
     rollouts = batch()
     weight = torch.randn(rollouts.mask.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)

@@ -1,14 +1,18 @@
 """The training step as a whole."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from support import Counting, ManyVowels, TinyPolicy, train, weights
 
+from lightning_rlvr.models import LoRA
 from lightning_rlvr.objectives import GRPO
 from lightning_rlvr.training import RLVRModule
-from lightning_rlvr.types import Sampling
+from lightning_rlvr.training.callbacks import StageBoundary
+from lightning_rlvr.types import Sampling, UserError
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +144,41 @@ def test_a_rollout_batch_that_teaches_nothing_leaves_a_gradient_of_zero(tmp_path
     module, trainer = train(tmp_path, objective=GRPO(), updates=1, reward=Same())
     assert all(p.grad is not None and not p.grad.any() for p in module.policy.parameters())
     assert float(trainer.logged_metrics["train/skipped_rows"]) == pytest.approx(23 / 24)  # the gradient is of one row
+
+
+def test_adapters_move_and_what_lies_beneath_is_the_reference(tmp_path):
+    module, trainer = train(tmp_path, policy=LoRA(TinyPolicy(dtype="float64"), rank=4), updates=2, lr=1e-2)
+    start = TinyPolicy(dtype="float64").load().model.state_dict()
+    reference = module.reference.state_dict()
+    assert all(torch.equal(reference[name], weight) for name, weight in start.items())
+    assert float(trainer.logged_metrics["train/kl/all"]) > 1e-6
+    assert module.reference.model.norm.weight is module.policy.model.norm.weight
+
+
+def test_a_reference_off_the_device_is_the_same_reference(tmp_path, whole):
+    module, _ = train(tmp_path, offload_reference=True, micro_batch_size=24, rollout_rows=24)
+    for name, weight in whole.items():
+        assert torch.equal(weights(module)[name], weight), name
+
+
+def test_a_reference_that_must_stay_is_not_taken_off_the_device(tmp_path):
+    with pytest.raises(UserError, match=r"every micro-batch reads the reference.*model\.offload_reference"):
+        train(tmp_path, objective=GRPO(kl_coef=0.1, kl_estimator="full"), offload_reference=True)
+    with pytest.raises(UserError, match=r"policy with adapters.*Set model\.offload_reference"):
+        train(tmp_path, policy=LoRA(TinyPolicy()), offload_reference=True)
+
+
+def test_adapters_cannot_become_the_reference(tmp_path):
+    """Nor can what DeepSpeed's checkpoints leave out."""
+    stages = SimpleNamespace(datamodule=SimpleNamespace(curriculum=Curriculum(at_boundary="restart")))
+    module = RLVRModule(LoRA(TinyPolicy()), MOVING, ManyVowels(), Sampling(10))
+    module.configure_model()
+    with pytest.raises(UserError, match=r"with adapters.*Set data\.curriculum\.at_boundary"):
+        StageBoundary().on_fit_start(stages, module)
+    plain = RLVRModule(TinyPolicy(), MOVING, ManyVowels(), Sampling(10))
+    plain.configure_model()
+    stages.strategy = object.__new__(DeepSpeedStrategy)  # as its making imports DeepSpeed
+    with pytest.raises(UserError, match=r"with DeepSpeed.*Set data\.curriculum\.at_boundary"):
+        StageBoundary().on_fit_start(stages, plain)
+    stages.datamodule.curriculum = Curriculum()
+    StageBoundary().on_fit_start(stages, plain)

@@ -24,6 +24,7 @@ from lightning_rlvr.objectives import (
     SequenceClipped,
 )
 from lightning_rlvr.training import PromptBatch, RLVRModule
+from lightning_rlvr.training.parallel import Parallel
 from lightning_rlvr.training.update import _backward, _Losses, idle_rows
 from lightning_rlvr.types import Sampling, TokenBatch, TokenStats
 
@@ -89,6 +90,7 @@ def setting(sampled, objective):
         manual_backward=lambda loss: loss.backward(),
         trainer=None,
     )
+    module.parallel = Parallel(module)
     record = SimpleNamespace(
         experience=SimpleNamespace(rollouts=sampled.rollouts),
         stats=sampled.stats,

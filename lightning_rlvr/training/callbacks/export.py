@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from lightning_rlvr.models.lora import save_model
 
 if TYPE_CHECKING:
     from lightning_rlvr.training.module import RLVRModule
@@ -16,16 +19,18 @@ if TYPE_CHECKING:
 class ExportPolicy(Callback):
     """Writes policy and tokenizer to `policy/` in the run's folder when training ends, whole or not at all.
 
-    `AutoModelForCausalLM.from_pretrained` loads it; weights are safetensors.
+    `AutoModelForCausalLM.from_pretrained` loads it; weights are safetensors, whole and with adapters added to them.
     """
 
-    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder."""
-        root = Path(trainer.default_root_dir)
-        partial, final = root / ".policy.partial", root / "policy"
         module = cast("RLVRModule", pl_module)
-        module.policy.save_pretrained(partial)
+        self._write(module, module.parallel.full_state(module.policy), Path(trainer.default_root_dir))
+
+    @rank_zero_only
+    def _write(self, module: RLVRModule, state: dict[str, Tensor], root: Path) -> None:
+        partial, final = root / ".policy.partial", root / "policy"
+        save_model(module.policy, state, partial)
         module.tokenizer.save_pretrained(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.replace(final)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from lightning_rlvr.training.experience import StepObserver, StepRecord
 from lightning_rlvr.training.module import RLVRModule
 from lightning_rlvr.training.replay import save_replay
@@ -29,7 +27,6 @@ class SaveRollouts(StepObserver):
             )
         self.every_n_batches = every_n_batches
 
-    @rank_zero_only
     def on_planned(self, module: RLVRModule, record: StepRecord) -> None:
         """Write the batch if it is its turn."""
         if self.every_n_batches and record.number % self.every_n_batches == 0:
