@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from support import Counting, ManyVowels, TinyPolicy, train, weights
 
+from lightning_rlvr.curriculum import Curriculum
 from lightning_rlvr.models import LoRA
 from lightning_rlvr.objectives import GRPO
 from lightning_rlvr.training import RLVRModule

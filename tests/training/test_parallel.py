@@ -232,7 +232,7 @@ def test_deepspeed_knows_which_backward_pass_precedes_a_step():
     zero = ZeRO(SimpleNamespace(trainer=trainer, manual_backward=backward, device="cpu"))
     zero.backward("first", last=False)
     zero.backward("second", last=True)
-    assert float(zero.step(SimpleNamespace(step=lambda: engine.log.append("step")), 0.5)) == 0.75
+    assert float(zero.step(SimpleNamespace(step=lambda: engine.log.append("step")), 0.5, zero.norm())) == 0.75
     assert engine.log == [False, "first", "next", True, "second", "next", "step"]
 
 
@@ -291,3 +291,10 @@ def test_tensor_parallelism_is_refused():
 if __name__ == "__main__":
     sys.path.append(str(TESTS))
     worker(int(sys.argv[1]), Path(sys.argv[2]))
+
+
+def test_deepspeed_cannot_leave_an_update_out():
+    from lightning_rlvr.training.parallel import ZeRO
+
+    with pytest.raises(UserError, match="cannot be left out under DeepSpeed"):
+        ZeRO(SimpleNamespace()).drop(SimpleNamespace())
