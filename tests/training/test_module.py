@@ -172,11 +172,11 @@ def test_a_reference_that_must_stay_is_not_taken_off_the_device(tmp_path):
 def test_adapters_cannot_become_the_reference(tmp_path):
     """Nor can what DeepSpeed's checkpoints leave out."""
     stages = SimpleNamespace(datamodule=SimpleNamespace(curriculum=Curriculum(at_boundary="restart")))
-    module = RLVRModule(LoRA(TinyPolicy()), MOVING, ManyVowels(), Sampling(10))
+    module = RLVRModule(LoRA(TinyPolicy()), GRPO(kl_coef=0.1), ManyVowels(), Sampling(10))
     module.configure_model()
     with pytest.raises(UserError, match=r"with adapters.*Set data\.curriculum\.at_boundary"):
         StageBoundary().on_fit_start(stages, module)
-    plain = RLVRModule(TinyPolicy(), MOVING, ManyVowels(), Sampling(10))
+    plain = RLVRModule(TinyPolicy(), GRPO(kl_coef=0.1), ManyVowels(), Sampling(10))
     plain.configure_model()
     stages.strategy = object.__new__(DeepSpeedStrategy)  # as its making imports DeepSpeed
     with pytest.raises(UserError, match=r"with DeepSpeed.*Set data\.curriculum\.at_boundary"):
