@@ -63,7 +63,7 @@ def outcome(run: Path) -> dict[str, Any]:
     return {
         "weights": hashlib.sha256((run / "policy" / "model.safetensors").read_bytes()).hexdigest(),
         "metrics": rows,
-        **{name: (run / name).read_text(encoding="utf-8") for name in ("samples.jsonl", "order.jsonl")},
+        **{path.name: path.read_text(encoding="utf-8") for path in sorted(run.glob("*.jsonl"))},
         **{key: summary[key] for key in ("status", "before", "after", "train_entropy", "optimizer_steps")},
     }
 

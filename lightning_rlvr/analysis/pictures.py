@@ -10,6 +10,7 @@ import pandas as pd
 
 from lightning_rlvr.analysis.drawing import COLOURS, STYLE, figure_of
 from lightning_rlvr.analysis.tokens import NO_CLASS, position_table
+from lightning_rlvr.types import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -137,10 +138,18 @@ def scores_by_stage(scores: pd.DataFrame) -> Figure:
 def step_sizes(tables: Mapping[float, pd.DataFrame]) -> Figure:
     """Draw measured change of entropy over its first-order prediction, by the size of the step.
 
-    `tables` are those of `lightning_rlvr.compare.compare`, by eta.
+    `tables` are those of `lightning_rlvr.compare.compare`, by eta. Those without gradient are left out.
+
+    Raises: UserError if none has any.
     """
     changes = [table.filter(like="entropy_change/").astype(float) for table in tables.values()]
     ratios = pd.DataFrame([t["entropy_change/measured"] / t["entropy_change/first_order"] for t in changes])
+    ratios = ratios.dropna(axis="columns", how="all")  # 0 / 0
+    if ratios.empty:
+        raise UserError(
+            "a rollout batch must have groups whose rewards differ for its objectives to be compared, and has none: no "
+            "step changes the policy. Take another of RUN/rollouts."
+        )
     shade = {str(name): COLOURS[i % len(COLOURS)] for i, name in enumerate(ratios)}
 
     def panel(axes: Axes) -> None:

@@ -8,6 +8,7 @@ from lightning_rlvr.evaluation import Benchmark, read_benchmark
 from lightning_rlvr.evaluation.benchmark import read_benchmarks
 from lightning_rlvr.rewards import MathAnswer
 from lightning_rlvr.tasks import HubDataset
+from lightning_rlvr.tasks.template import Template
 from lightning_rlvr.types import Reward, Task, UserError
 
 SHIPPED = sorted((ROOT / "configs" / "benchmarks").glob("*.yaml"))
@@ -29,7 +30,7 @@ def test_those_of_the_paper_are_there():
         benchmark = read_benchmark(ROOT / "configs" / "benchmarks" / f"{name}.yaml")
         assert isinstance(benchmark.task, HubDataset)
         assert isinstance(benchmark.reward, MathAnswer)
-        asked = benchmark.task._prompt(0, ROWS[name])
+        asked = benchmark.task._prompt(0, ROWS[name], Template.parse(benchmark.task.prompt_template))
         assert asked.text.startswith("Q?\n\n")
         assert asked.text.endswith(r"within \boxed{}.")
         assert asked.answer == GOLDS.get(name, "7")

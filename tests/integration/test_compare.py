@@ -17,14 +17,16 @@ def saved(tmp_path_factory, cache):
     run = tmp_path_factory.mktemp("replay") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTNING_RLVR_CACHE", str(cache))
-        main(arguments("fit", run, save_rollouts__every_n_batches=2, trainer__max_steps=2))
+        # A policy of four steps is near the greatest entropy, where no step changes it to first order.
+        taught = {"model__policy__init_args__steps": 40}
+        main(arguments("fit", run, save_rollouts__every_n_batches=2, trainer__max_steps=2, **taught))
     (folder,) = (run / "rollouts").iterdir()
     return folder
 
 
 @pytest.fixture(scope="session")
 def spread_rewards(saved):
-    """The same batch with rewards that differ: a policy of four steps earns none."""
+    """The same batch with rewards that differ: a policy of few steps earns none."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(saved / "batch.safetensors")
@@ -44,10 +46,10 @@ def test_every_column_of_the_table_is_compared(spread_rewards, tmp_path, capsys)
 
 
 def test_the_entropy_of_one_step_is_predicted(spread_rewards, tmp_path):
-    table = compare(spread_rewards, {"GRPO": GRPO(), "mask": HighEntropyMask()}, tmp_path, eta=1e-3)
+    table = compare(spread_rewards, {"GRPO": GRPO(), "mask": HighEntropyMask()}, tmp_path, eta=1e-2)
     for _, row in table.iterrows():
         predicted = row["entropy_change/first_order"]
-        assert abs(predicted) > 1e-9
+        assert abs(predicted) > 1e-6  # an entropy in float32 is not told apart from less
         assert row["entropy_change/measured"] == pytest.approx(predicted, rel=0.1)
 
 
