@@ -9,12 +9,14 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=2-00:00:00
-#SBATCH --signal=INT@300
+#SBATCH --requeue
+#SBATCH --signal=SIGUSR1@300
 #SBATCH --output=runs/slurm-%j.log
 set -euo pipefail
 config=${1:?usage: sbatch scripts/slurm.sh CONFIG [options of fit]}
 shift
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
-# Five minutes before the end (--signal) each process is asked to write its checkpoint; --ckpt_path goes on from it.
-exec srun --kill-on-bad-exit=1 python -m lightning_rlvr fit --config "$config" \
+# Five minutes before the end (--signal) the step under way ends, a checkpoint is written and the job queued again; it goes
+# on from there, in the same folder (docs/reliability.md).
+exec srun --kill-on-bad-exit=1 python -m lightning_rlvr fit --config "$config" --ckpt_path last \
     --trainer.devices "$SLURM_NTASKS_PER_NODE" --trainer.num_nodes "$SLURM_NNODES" "$@"
