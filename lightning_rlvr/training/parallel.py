@@ -40,7 +40,7 @@ class Parallel:
         module: whose policy is trained.
     """
 
-    meets_last = True  # whether processes wait for each other at the last backward pass of a step only
+    begins_again = True  # whether a step can be: no process waits for another before its last backward pass
 
     def __init__(self, module: RLVRModule) -> None:
         self.module = module
@@ -82,7 +82,7 @@ class FullySharded(Parallel):
     Gradients are reduced at each micro-batch, so that no process ever holds the whole of them.
     """
 
-    meets_last = False
+    begins_again = False
 
     @contextmanager
     def whole(self, model: nn.Module) -> Iterator[None]:
@@ -123,7 +123,7 @@ class FullySharded(Parallel):
 class ZeRO(Parallel):
     """DeepSpeed, which clips gradients itself."""
 
-    meets_last = False
+    begins_again = False
 
     @property
     def engine(self) -> Any:

@@ -67,11 +67,9 @@ def update_policy(module: RLVRModule, record: StepRecord) -> tuple[dict[str, Rat
 
 def in_micro_batches(module: RLVRModule, work: Callable[[int], Result]) -> Result:
     """Return work(micro-batch size); where memory runs out the size is halved, for the rest of the run."""
-    # A forward pass through shards waits for other ranks, so it cannot be begun again by one.
-    alone = world_size() == 1 or not sharded(module.policy)
     size = module.micro_batch_size
     others = "model.sampling.max_new_tokens or data.max_prompt_tokens, or let a smaller model train"
-    least = 1 if alone else size
+    least = 1 if module.parallel.begins_again else size
     result, module.micro_batch_size = in_smaller_parts(work, size, least, "model.micro_batch_size", others)
     return result
 
@@ -93,7 +91,7 @@ def _backward(module: RLVRModule, losses: _Losses, rows: Int[Tensor, " M"], size
             reference,
         )
         last = i + 1 == len(parts)
-        with _begun_again(module, apart=world_size() == 1 or (module.parallel.meets_last and not last)):
+        with _exchanging(module, last):
             module.parallel.backward(loss * world_size(), last)  # ranks average gradients; the plan's weights sum
         losses.add({"loss": Ratio(loss.detach(), loss.new_ones(()))})
     return losses.step["loss"].numerator
@@ -167,15 +165,17 @@ class _Losses:
 
 
 @contextmanager
-def _begun_again(module: RLVRModule, apart: bool) -> Iterator[None]:
-    """Say so if memory runs out where other ranks are waited for, that is not `apart` from them.
+def _exchanging(module: RLVRModule, last: bool) -> Iterator[None]:
+    """Watch a backward pass, the last of a step or not, in which ranks may exchange gradients.
 
-    Raises: UserError, since a step begun again would meet the others in the midst of theirs.
+    Raises: UserError if memory runs out where other ranks are waited for: a step begun again would meet them in the
+        midst of theirs. Before that it may be, since they wait.
     """
     try:
         yield
     except ERRORS as error:
-        if apart or not out_of_memory(error):
+        alone = module.parallel.begins_again and (world_size() == 1 or not last)
+        if alone or not out_of_memory(error):
             raise
         raise UserError(
             f"memory ran out on rank {module.global_rank} while ranks exchange gradients, where a step cannot be begun "

@@ -55,6 +55,7 @@ def update(rank, folder, fail_at=None, spoil=False):
 
     from lightning_rlvr.training import numbers
     from lightning_rlvr.training import update as room
+    from lightning_rlvr.training.parallel import Parallel
 
     model, objective, record = batch_of(rank)
     wrapped, optimizer = DistributedDataParallel(model), torch.optim.SGD(model.parameters(), lr=0.1)
@@ -85,6 +86,7 @@ def update(rank, folder, fail_at=None, spoil=False):
         manual_backward=backward,
         trainer=SimpleNamespace(model=wrapped, default_root_dir=folder),
     )
+    module.parallel = Parallel(module)
     room.response_loss, numbers.save_replay = faulty, lambda place, *_: kept.append(place.name)
     try:
         with warnings.catch_warnings():
@@ -147,23 +149,24 @@ def test_a_loss_that_is_nan_on_one_rank_is_left_out_on_both(ranks):
 @pytest.mark.parametrize(("world", "refused"), [(1, RuntimeError), (2, UserError)])
 def test_where_ranks_exchange_gradients_a_step_is_not_begun_again(monkeypatch, world, refused):
     from lightning_rlvr.training import update as room
+    from lightning_rlvr.training.parallel import Parallel
 
     monkeypatch.setattr(room, "world_size", lambda: world)
-    module = SimpleNamespace(trainer=None, global_rank=1)
-    with pytest.raises(refused), room._synchronised(module, last=True):
+    module = SimpleNamespace(parallel=Parallel(None), global_rank=1)
+    with pytest.raises(refused), room._exchanging(module, last=True):
         raise RuntimeError("std::bad_alloc")
 
 
-def test_shards_are_not_begun_again(monkeypatch):
+@pytest.mark.parametrize("kind", ["FullySharded", "ZeRO"])
+def test_shards_are_not_begun_again(kind):
+    from lightning_rlvr.training import parallel
     from lightning_rlvr.training import update as room
-
-    monkeypatch.setattr(room, "world_size", lambda: 2)
 
     def work(size):
         raise MemoryError
 
     with pytest.raises(UserError, match="micro_batch_size 4"):
-        room.in_micro_batches(SimpleNamespace(trainer=None, micro_batch_size=4), work)
+        room.in_micro_batches(SimpleNamespace(parallel=getattr(parallel, kind)(None), micro_batch_size=4), work)
 
 
 if __name__ == "__main__":
