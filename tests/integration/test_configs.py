@@ -61,19 +61,22 @@ def test_the_papers_experiments_print_their_commands(tmp_path, capsys):
     assert sum("kl_cov.yaml" in command for command in commands) == 3
 
 
-STARTS = {"torchrun": {"DEVICES": "4"}, "slurm": {"SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "1"}}
+STARTS = [
+    ("torchrun", {"DEVICES": "4"}, ""),
+    ("slurm", {"SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "1"}, " --ckpt_path last"),  # queued again, it goes on
+]
 
 
-@pytest.mark.parametrize("script", STARTS)
-def test_a_script_starts_fit_with_its_processes(script, tmp_path):
+@pytest.mark.parametrize(("script", "variables", "resumed"), STARTS)
+def test_a_script_starts_fit_with_its_processes(script, variables, resumed, tmp_path):
     for name in ("torchrun", "srun"):
         (tmp_path / name).write_text('#!/bin/sh\necho "$0 $*"\n')
         (tmp_path / name).chmod(0o755)
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **STARTS[script]}
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **variables}
     command = [str(ROOT / "scripts" / f"{script}.sh"), "configs/sent_1.5b.yaml", "--model.seed", "2"]
     said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
-    wanted = "-m lightning_rlvr fit --config configs/sent_1.5b.yaml --trainer.devices 4 --trainer.num_nodes 1"
-    assert said.strip().endswith(f"{wanted} --model.seed 2")
+    started = f"-m lightning_rlvr fit --config configs/sent_1.5b.yaml{resumed}"
+    assert said.strip().endswith(f"{started} --trainer.devices 4 --trainer.num_nodes 1 --model.seed 2")
 
 
 def test_an_override_reaches_what_interpolates_it(capsys):
