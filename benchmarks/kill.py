@@ -4,9 +4,9 @@
 
 Half of them on one process, half on two (of which one or both are killed), each from an empty cache: a kill may fall
 into the making of the policy, the scoring, a validation, between two updates of a rollout batch, into the writing of a
-checkpoint. One in five falls before training begins, the others after; there the moment is uniform over the CPU time.
-Each run is then started again with `--ckpt_path last`. Processes are
-forked from one that has all modules loaded. Writes benchmarks/results/kill.json.
+checkpoint. One in five falls before the first rollout batch, the others after it; the moment is uniform over the CPU
+time of that part in a run left alone. Each run is then started again with `--ckpt_path last`. Processes are forked from
+one that has all modules loaded. Writes benchmarks/results/kill.json.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ SETTINGS = {
     "checkpoint.every_n_train_steps": 4,
 }
 PATIENCE = 600.0  # seconds, for a run to end
+GRACE = 20.0  # seconds, for the other process of one that was killed: a launcher ends it if it has not seen that itself
 
 
 def outcome(run: Path) -> dict[str, Any]:
@@ -108,26 +109,34 @@ def _become(words: list[str], cache: Path, rank: int, ranks: int, port: int, log
 
 
 def wait(
-    pids: Sequence[int], run: Path, kill_at: float = float("inf"), victims: Sequence[int] = ()
+    pids: Sequence[int],
+    run: Path,
+    kill_at: float = float("inf"),
+    victims: Sequence[int] = (),
+    *,
+    training: bool = False,
 ) -> tuple[float, float]:
     """Wait for the processes of a run to end; kill the victims once the first process has used so much CPU time.
 
-    Returns the CPU seconds of the first when training began and when it ended. Raises: TimeoutError if they do not end.
+    With `training` the time counts from the first rollout batch. Returns the CPU seconds of the first process when that
+    began and when it ended. Raises: TimeoutError if they do not end.
     """
-    left, used, begun, deadline = list(pids), 0.0, 0.0, time.monotonic() + PATIENCE
+    left, used, begun = list(pids), 0.0, 0.0
+    killed, deadline = False, time.monotonic() + PATIENCE
     while left:
         if pids[0] in left:
             used = _cpu_seconds(pids[0])
-        begun = begun or (used if (run / "curriculum.json").exists() else 0.0)
-        if used >= kill_at:
+        begun = begun or (used if (run / "order.jsonl").exists() else 0.0)
+        if not killed and ((begun and used - begun >= kill_at) if training else used >= kill_at):
             for pid in victims:
                 os.kill(pid, signal.SIGKILL)
-            kill_at = float("inf")
+            killed, deadline = True, time.monotonic() + GRACE
         left = [pid for pid in left if os.waitpid(pid, os.WNOHANG)[0] == 0]
         if time.monotonic() > deadline:
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
-            raise TimeoutError(f"processes {left} of {list(pids)} did not end")
+            if not killed:
+                raise TimeoutError(f"processes {left} of {list(pids)} did not end")
         time.sleep(0.002)
     return begun, used
 
@@ -155,9 +164,10 @@ def measure(times: int, processes: Sequence[int], seed: int, folder: Path) -> di
         moments, same, steps = [], 0, []
         while len(moments) < times // len(processes):
             run, cache, log = (folder / f"{kind}-{ranks}-{len(moments)}" for kind in ("run", "cache", "log"))
-            moment = rng.uniform(0, begun) if len(moments) % 5 == 0 else rng.uniform(begun, length)
+            training = len(moments) % 5 > 0
+            moment = rng.uniform(0, length - begun if training else begun)
             pids = start(fit(run), cache, ranks, log)
-            wait(pids, run, moment, pids if rng.random() < 0.5 else [rng.choice(pids)])
+            wait(pids, run, moment, pids if rng.random() < 0.5 else [rng.choice(pids)], training=training)
             if (run / "policy").exists():  # it was done before the kill
                 shutil.rmtree(run)
                 continue
@@ -165,10 +175,11 @@ def measure(times: int, processes: Sequence[int], seed: int, folder: Path) -> di
             steps.append(len(order.read_text().splitlines()) if order.exists() else 0)
             wait(start([*fit(run), "--ckpt_path", "last"], cache, ranks, log), run)
             agrees = (run / "policy").exists() and outcome(run) == wanted
-            moments.append(round(moment, 2))
+            moments.append(round(moment + begun * training, 2))
             same += agrees
-            print(f"{ranks} ranks, kill {len(moments)} at {moment:.2f} of {length:.2f} s, after {steps[-1]} batches: "
-                  f"{'same' if agrees else f'DIFFERS, see {run} and {log}'}", flush=True)  # fmt: skip
+            at = f"kill {len(moments)} at {moments[-1]:.2f} of {length:.2f} s, after {steps[-1]} batches"
+            verdict = "same" if agrees else f"DIFFERS, see {run} and {log}"
+            print(f"{ranks} ranks, {at}: {verdict}", flush=True)
             if agrees:
                 shutil.rmtree(run)
         found[f"{ranks}_processes"] = {

@@ -86,6 +86,8 @@ class RLVRCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None) -> None:
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        words = sys.argv[1:] if args is None else args
+        self._asked = words[0] if words and words[0] in self.subcommands() else None
         super().__init__(
             RLVRModule,
             RLVRDataModule,
@@ -108,6 +110,12 @@ class RLVRCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Add `score` to what Lightning has."""
         return {**LightningCLI.subcommands(), "score": {"model", "datamodule"}}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Give only the subcommand that is asked for its options: those of all five take half a second."""
+        if self._asked not in (None, subcommand):
+            return self.init_parser(**kwargs)
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's folder and the callbacks that every run has."""

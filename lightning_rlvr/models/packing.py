@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
+from math import ceil
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 # Padding, in tokens, that a pass may hold before a further one is cheaper: it reads the weights anew.
 PASS_TOKENS = 64
+# Memory that a response's copy of its prompt's keys and values takes, as a share of what computing the prompt leaves
+# for the backward pass: 0.05 to 0.1 in models of 1.9 M to 1.5 B parameters.
+COPIED = 0.1
 
 
 class States(NamedTuple):
@@ -104,25 +108,27 @@ def passes(lengths: list[int]) -> Iterator[slice]:
 
 
 def parts_of(rollouts: Rollouts, rows: Int[Tensor, " M"], size: int) -> list[Int[Tensor, " m"]]:
-    """Cut the given rows into parts of at most as many tokens as `size` rows of the greatest length would have.
+    """Cut the given rows into parts that take at most as much memory as `size` rows of the greatest length would.
 
-    A prompt counts once in a part, so rows that share one stay together unless they alone are too many.
+    A prompt is computed once in a part and copied for each of its rows, so rows that share one stay together unless
+    they alone are too many.
     """
     run_of = distinct_prompts(rollouts)[1].tolist()
     prompt, response = rollouts.prompt_mask.sum(dim=1).tolist(), rollouts.mask.sum(dim=1).tolist()
     chosen = rows.tolist()
-    budget = size * max(prompt[row] + response[row] for row in chosen)
+    own = [ceil(COPIED * p) + r for p, r in zip(prompt, response, strict=True)]
+    budget = size * max(prompt[row] + own[row] for row in chosen)
     parts: list[list[int]] = []
     used, last_run = budget, -1
     for run, group in groupby(chosen, key=run_of.__getitem__):
         together = sorted(group, key=response.__getitem__, reverse=True)
-        fits = prompt[together[0]] + sum(response[row] for row in together) <= budget
+        fits = prompt[together[0]] + sum(own[row] for row in together) <= budget
         for piece in [together] if fits else [[row] for row in together]:
-            own, shared = sum(response[row] for row in piece), prompt[piece[0]]
-            if used + own + shared * (run != last_run) > budget:
+            taken, shared = sum(own[row] for row in piece), prompt[piece[0]]
+            if used + taken + shared * (run != last_run) > budget:
                 parts.append([])
                 used, last_run = 0, -1
-            used += own + shared * (run != last_run)
+            used += taken + shared * (run != last_run)
             parts[-1] += piece
             last_run = run
     return [torch.tensor(part, device=rows.device) for part in parts]

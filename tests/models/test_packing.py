@@ -16,7 +16,7 @@ from lightning_rlvr.models.forward import (
     response_logp,
     response_loss,
 )
-from lightning_rlvr.models.packing import distinct_prompts, parts_of, passes
+from lightning_rlvr.models.packing import COPIED, distinct_prompts, parts_of, passes
 from lightning_rlvr.types import Rollouts
 
 # prompt number, tokens of the prompt, tokens of the response
@@ -241,15 +241,23 @@ def test_distinct_prompts_are_runs_of_equal_rows():
 def test_parts_hold_each_row_once_within_the_budget(size):
     rollouts = batch()
     prompt, response = rollouts.prompt_mask.sum(1), rollouts.mask.sum(1)
+    own = (COPIED * prompt).ceil().long() + response
     rows = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8])
     parts = parts_of(rollouts, rows, size)
     assert sorted(torch.cat(parts).tolist()) == rows.tolist()
     for part in parts:
-        own = {ROWS[row][0]: ROWS[row][1] for row in part.tolist()}
-        assert sum(own.values()) + int(response[part].sum()) <= size * int((prompt + response)[rows].max())
+        shared = {ROWS[row][0]: ROWS[row][1] for row in part.tolist()}
+        taken = sum(shared.values()) + int(own[part].sum())
+        assert taken <= size * int((prompt + own)[rows].max())
     if size > 1:
         homes = [{ROWS[row][0] for row in part.tolist()} for part in parts]
         assert sum(map(len, homes)) == 4, "rows that share a prompt stay together"
+
+
+def test_rows_of_different_prompts_fill_a_part_to_its_size():
+    rollouts = batch().rows(torch.tensor([0, 3, 6, 0, 3, 6]))
+    alike = replace(rollouts, mask=torch.ones_like(rollouts.mask), prompt_mask=torch.ones_like(rollouts.prompt_mask))
+    assert [len(part) for part in parts_of(alike, torch.arange(6), 3)] == [3, 3]
 
 
 @pytest.mark.parametrize(
