@@ -128,7 +128,7 @@ def wait(
             used = _cpu_seconds(pids[0])
         begun = begun or (used if (run / "order.jsonl").exists() else 0.0)
         if not killed and ((begun and used - begun >= kill_at) if training else used >= kill_at):
-            for pid in victims:
+            for pid in set(victims) & set(left):
                 os.kill(pid, signal.SIGKILL)
             killed, deadline = True, time.monotonic() + GRACE
         left = [pid for pid in left if os.waitpid(pid, os.WNOHANG)[0] == 0]

@@ -1,15 +1,21 @@
 """A tiny policy, task and reward, and a cut-down quickstart: what tests of several rooms share."""
 
+import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from lightning_rlvr.models.char_tokenizer import char_tokenizer
 from lightning_rlvr.models.source import Policy, PolicySource
@@ -42,6 +48,22 @@ def arguments(subcommand: str, run_dir: Path, overlay: Path | None = None, **cha
     settings = {**SMALL, **{key.replace("__", "."): value for key, value in changes.items()}}
     flags = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
     return [subcommand, "--config", str(QUICKSTART), *on_top, "--run_dir", str(run_dir), *flags]
+
+
+def write_benchmark(path: Path, size: int, start: int = 1_000_000) -> str:
+    """Write the file of a benchmark of sums; return its name."""
+    sums = {"min_terms": 5, "max_terms": 5, "min_digits": 1, "max_digits": 1}
+    task = {"name": "chain_sum", "size": size, "start": start, "config": sums, "prompt_template": "{expression} ="}
+    settings = {
+        "name": path.stem,
+        "task": {"class_path": "lightning_rlvr.tasks.ReasoningGym", "init_args": task},
+        "reward": {
+            "class_path": "lightning_rlvr.rewards.ExactMatch",
+            "init_args": {"answer_pattern": r"[#](-?\d+)$"},
+        },
+    }
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
 
 
 def two_processes(script: str, folder: Path) -> None:
@@ -89,6 +111,31 @@ def opened(page: Path, choice: str, folder: Path) -> str:
     quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
     command = [CHROMIUM, *quiet, f"--user-data-dir={folder / 'profile'}", "--dump-dom", f"file://{page}#{choice}"]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """Run `transformers serve` on the model in a folder; give the url of its API."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = "from transformers.cli.transformers import main; main()"
+    command = [sys.executable, "-c", serve, "serve", str(folder), "--port", str(port), "--device", "cpu"]
+    with tempfile.TemporaryFile("w+") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        try:
+            for _ in range(600):
+                if server.poll() is not None:
+                    log.seek(0)
+                    raise RuntimeError(log.read())
+                with contextlib.suppress(OSError):
+                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                    break
+                time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            server.kill()
+            server.wait()
 
 
 class TinyPolicy(PolicySource):

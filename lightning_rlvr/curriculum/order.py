@@ -156,7 +156,11 @@ class Curriculum:
                 )
             values = scores[self.sorted_by].to_numpy(dtype=np.float64)
         if np.isnan(values).any():
-            raise ValueError(f"{np.isnan(values).sum()} questions have a nan score: they have no place in the order")
+            raise UserError(
+                f"the numbers that questions are ordered by must not be nan, but {np.isnan(values).sum()} of "
+                f"{self.sorted_by} are: they have no place in the order. A server that was sampled may not have told "
+                "what they are made of. Set data.curriculum.estimator to discrete, or data.curriculum.order."
+            )
         return -values if self.order in ("descending", "pass_rate") or self.column.startswith("-") else values
 
     def dropped(self, scores: pd.DataFrame | None) -> dict[str, np.ndarray]:

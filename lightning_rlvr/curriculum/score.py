@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from lightning_rlvr.ops.semantic_entropy import Estimator, Unparsable, cluster_groups, semantic_entropy
 from lightning_rlvr.rewards import verdicts_of
-from lightning_rlvr.rollout import seed_of
+from lightning_rlvr.rollout import Served, seed_of
 from lightning_rlvr.store import Store, read_records
 from lightning_rlvr.types import Engine, Prompt, Response, Reward, Rollouts, Sampling, UserError, Verdict
 
@@ -44,6 +45,7 @@ class Scoring:
             recomputed for it, without sampling again.
         seed: of the sampling.
         prompts_per_batch: questions sampled at a time; changes no score beyond rounding.
+        served: a server that runs the policy and is sampled in its place (all but the discrete estimator need vLLM's).
         file: scores to use, made by `python -m lightning_rlvr score`; made and cached by itself if not given.
     """
 
@@ -52,6 +54,7 @@ class Scoring:
     unparsable: Unparsable = "own_cluster_each"
     seed: int = 1
     prompts_per_batch: int = 32
+    served: Served | None = None
     file: str | None = None
 
     def __post_init__(self) -> None:
@@ -159,10 +162,12 @@ def estimates(drawn: dict[str, Any]) -> dict[str, Any]:
     """Return what follows from the clusters of one question's samples: entropies, clusters, and the majority."""
     labels, lengths = torch.tensor(drawn["cluster"]), torch.tensor(drawn["length"])
     logp = torch.tensor(drawn["logp"], dtype=torch.float64)
+    known = ESTIMATORS if not logp.isnan().any() else ("discrete",)  # a server may not have told it
     parsed = [label for label, answer in zip(drawn["cluster"], drawn["answers"], strict=True) if answer is not None]
     largest = max(dict.fromkeys(parsed), key=parsed.count, default=None)
     return {
-        **{f"semantic_entropy_{name}": semantic_entropy(labels, logp, lengths, name) for name in ESTIMATORS},
+        **{f"semantic_entropy_{name}": math.nan for name in ESTIMATORS},
+        **{f"semantic_entropy_{name}": semantic_entropy(labels, logp, lengths, name) for name in known},
         "clusters": len(set(drawn["cluster"])),
         "majority": parsed.count(largest) / len(labels),
         "majority_correct": largest is not None and bool(drawn["correct"][drawn["cluster"].index(largest)]),
@@ -207,6 +212,7 @@ def manifest(
         "samples": scoring.samples,
         "temperature": scoring.temperature,
         "layout": LAYOUT,
+        **({} if scoring.served is None else {"served": scoring.served.fingerprint()}),
     }
 
 

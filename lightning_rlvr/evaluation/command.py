@@ -21,6 +21,7 @@ from lightning_rlvr.evaluation.report import RESULTS, Report, write_report
 from lightning_rlvr.evaluation.sample import Generation, sample, texts_digest
 from lightning_rlvr.models import PolicySource, PromptFormat
 from lightning_rlvr.models.pretrained import file_digest
+from lightning_rlvr.rollout import Served
 from lightning_rlvr.store import Store, read_manifest, read_records
 from lightning_rlvr.types import Prompt, Sampling, UserError
 
@@ -48,7 +49,7 @@ class Folder:
 
 def evaluate(
     output: Path,
-    models: dict[str, PolicySource | str] | None = None,
+    models: dict[str, PolicySource | Served | str] | None = None,
     benchmarks: list[str] | None = None,
     unjudgeable: Unjudgeable = "error",
     samples: int = 32,
@@ -72,7 +73,8 @@ def evaluate(
 
     Args:
         output: folder of the evaluation.
-        models: by name: a policy source, or a folder in Hugging Face format, a run's folder, a checkpoint, a hub name.
+        models: by name: a policy source, a server (lightning_rlvr.rollout.Served), or a folder in Hugging Face format,
+            a run's folder, a checkpoint, a hub name.
         benchmarks: YAML files with `name`, `task` and `reward`; configs/benchmarks holds some.
         unjudgeable: whether a problem that the reward cannot judge (an unparsable gold answer) is an error or is
             dropped, counted.
@@ -111,13 +113,13 @@ def evaluate(
     return report
 
 
-def _named(models: Mapping[str, PolicySource | str]) -> dict[str, PolicySource]:
+def _named(models: Mapping[str, PolicySource | Served | str]) -> dict[str, PolicySource | Served]:
     check_names(list(models), "models")
     return {name: policy_source(model) for name, model in models.items()}
 
 
 def _sample(
-    models: Mapping[str, PolicySource],
+    models: Mapping[str, PolicySource | Served],
     questions: Mapping[str, Sequence[Prompt]],
     folder: Folder,
     generation: Generation,

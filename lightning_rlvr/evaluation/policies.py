@@ -1,21 +1,22 @@
-"""What a model under evaluation can be given as: a policy's source, or where its weights lie."""
+"""What a model under evaluation can be given as: a policy's source, a server, or where its weights lie."""
 
 from __future__ import annotations
 
 from lightning_rlvr.models import Checkpoint, PolicySource, Pretrained
+from lightning_rlvr.rollout import Served
 from lightning_rlvr.store import user_path
 from lightning_rlvr.types import UserError
 
 
-def policy_source(model: PolicySource | str) -> PolicySource:
-    """Return the source that `model` is or means.
+def policy_source(model: PolicySource | Served | str) -> PolicySource | Served:
+    """Return the source, or server, that `model` is or means.
 
     A text is a checkpoint (.ckpt), a folder in Hugging Face format, the folder of a run (its exported policy, or else
     its last checkpoint), or, where there is no such file or folder, a name for `Pretrained`.
 
     Raises: UserError if a folder is none of these, or a checkpoint is missing.
     """
-    if isinstance(model, PolicySource):
+    if isinstance(model, PolicySource | Served):
         return model
     path = user_path(model, "models")
     if path.suffix == ".ckpt":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -127,7 +128,11 @@ class Report:
 
     def _response_table(self) -> str:
         rows = [
-            [model, name, *(form.format(values[key]) for key, form in RESPONSES.items())]
+            [
+                model,
+                name,
+                *(form.format(values[key]) if isfinite(values[key]) else "-" for key, form in RESPONSES.items()),
+            ]
             for model, own in self.responses.items()
             for name, values in own.items()
         ]
@@ -155,6 +160,8 @@ class Report:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return value._asdict()
+    if isinstance(value, float) and not isfinite(value):  # what a server does not tell
+        return None
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
@@ -189,7 +196,7 @@ def write_report(report: Report, folder: Path) -> None:
         report.table().to_csv(folder / "table.csv", index=False)
         _picture(report, folder / "table.png")
         partial = folder / f".{RESULTS}.partial"
-        partial.write_text(json.dumps(report.plain(), indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(report.plain(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         partial.replace(folder / RESULTS)
     except OSError as error:
         raise UserError(f"output must be a folder that can be written, got {folder}: {error}. Set output.") from error

@@ -6,14 +6,18 @@ import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from lightning_rlvr.models import Policy, PolicySource, PromptFormat
-from lightning_rlvr.rollout import TransformersEngine, seed_of
+from lightning_rlvr.models import PolicySource, PromptFormat
+from lightning_rlvr.models.source import decode
+from lightning_rlvr.rollout import Served, ServedEngine, TransformersEngine, seed_of
 from lightning_rlvr.store import Record, Store
 from lightning_rlvr.types import Engine, Prompt, Sampling, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Generation:
                 "be the same. Set samples or sampling.temperature."
             )
 
-    def manifest(self, source: PolicySource, questions: Sequence[Prompt]) -> dict[str, Any]:
+    def manifest(self, source: PolicySource | Served, questions: Sequence[Prompt]) -> dict[str, Any]:
         """Return what the responses depend on; equal manifests mean equal responses."""
         return {
             "policy": source.fingerprint(),
@@ -69,7 +73,10 @@ def texts_digest(questions: Sequence[Prompt]) -> str:
 
 
 def sample(
-    name: str, source: PolicySource, suite: Mapping[str, tuple[Sequence[Prompt], Store]], generation: Generation
+    name: str,
+    source: PolicySource | Served,
+    suite: Mapping[str, tuple[Sequence[Prompt], Store]],
+    generation: Generation,
 ) -> None:
     """Sample what is missing of a model's responses, from questions by benchmark into their stores, and finish these.
 
@@ -80,7 +87,7 @@ def sample(
 
     total = sum(len(questions) for questions, _ in suite.values())
     with tqdm(total=total, desc=name, unit=" problems", mininterval=1.0) as bar:
-        policy: Policy | None = None
+        model: _Model | None = None
         for benchmark, (questions, store) in suite.items():
             bar.set_postfix_str(benchmark)
             with store.claim():
@@ -90,8 +97,8 @@ def sample(
                 bar.update(len(done))
                 for batch in _batches(questions, generation.prompts_per_batch):
                     if missing := [prompt for prompt in batch if prompt.uid not in done]:
-                        policy = policy or _load(name, source, suite, generation)
-                        store.append(_respond(policy, missing, generation))
+                        model = model or _load(name, source, suite, generation)
+                        store.append(_respond(model, missing, generation))
                         bar.update(len(missing))
                 store.finish([prompt.uid for prompt in questions])
 
@@ -100,10 +107,23 @@ def _batches(questions: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
     return [questions[i : i + size] for i in range(0, len(questions), size)]
 
 
+class _Model(NamedTuple):
+    """What responds, and the tokenizer it reads by."""
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+
+
 def _load(
-    name: str, source: PolicySource, suite: Mapping[str, tuple[Sequence[Prompt], Store]], generation: Generation
-) -> Policy:
+    name: str,
+    source: PolicySource | Served,
+    suite: Mapping[str, tuple[Sequence[Prompt], Store]],
+    generation: Generation,
+) -> _Model:
     try:
+        if isinstance(source, Served):
+            tokenizer = source.tokenizer()
+            return _Model(ServedEngine(source, tokenizer), tokenizer)
         policy = source.load()
     except UserError as error:
         raise UserError(f"model {name!r}: {error}") from error
@@ -118,18 +138,15 @@ def _load(
             stacklevel=2,
         )
     policy.model.to(generation.chosen_device())  # type: ignore[arg-type]
-    return policy
+    return _Model(TransformersEngine.of(policy, generation.rollout_rows), policy.tokenizer)
 
 
-def _respond(policy: Policy, questions: Sequence[Prompt], generation: Generation) -> list[Record]:
+def _respond(model: _Model, questions: Sequence[Prompt], generation: Generation) -> list[Record]:
     """Sample the responses to some questions: one record a question, with lists over its responses."""
-    engine: Engine = TransformersEngine(
-        policy.model, policy.eos_ids, policy.tokenizer.pad_token_id, generation.rollout_rows
-    )
-    prompts = [generation.prompt_format.encode(policy.tokenizer, prompt.text) for prompt in questions]
+    prompts = [generation.prompt_format.encode(model.tokenizer, prompt.text) for prompt in questions]
     seeds = [seed_of(generation.seed, "evaluate", prompt.uid) for prompt in questions]
-    rollouts = engine.generate(prompts, seeds, generation.samples, generation.sampling)
-    responses = policy.decode(rollouts)
+    rollouts = model.engine.generate(prompts, seeds, generation.samples, generation.sampling)
+    responses = decode(model.tokenizer, rollouts)
     logp = rollouts.logp.double().sum(dim=1).tolist()
     entropy = (rollouts.entropy.double().sum(dim=1) / rollouts.mask.sum(dim=1)).tolist()
     records = []

@@ -27,10 +27,15 @@ class Policy(NamedTuple):
 
     def decode(self, rollouts: Rollouts) -> list[Response]:
         """Return the texts of the responses, without special tokens."""
-        ids = [row[keep].tolist() for row, keep in zip(rollouts.response_ids, rollouts.mask, strict=True)]
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        truncated = rollouts.truncated.tolist()
-        return [Response(text, cut, len(row)) for text, cut, row in zip(texts, truncated, ids, strict=True)]
+        return decode(self.tokenizer, rollouts)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts) -> list[Response]:
+    """Return the texts of the responses, without special tokens."""
+    ids = [row[keep].tolist() for row, keep in zip(rollouts.response_ids, rollouts.mask, strict=True)]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    truncated = rollouts.truncated.tolist()
+    return [Response(text, cut, len(row)) for text, cut, row in zip(texts, truncated, ids, strict=True)]
 
 
 class PolicySource(ABC):

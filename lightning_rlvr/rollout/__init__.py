@@ -2,6 +2,7 @@
 
 from lightning_rlvr.rollout.batch import concatenate
 from lightning_rlvr.rollout.sampling import seed_of
+from lightning_rlvr.rollout.served import Served, ServedEngine
 from lightning_rlvr.rollout.transformers_engine import TransformersEngine
 
-__all__ = ["TransformersEngine", "concatenate", "seed_of"]
+__all__ = ["Served", "ServedEngine", "TransformersEngine", "concatenate", "seed_of"]

@@ -16,10 +16,10 @@ from torch import nn
 from lightning_rlvr.curriculum import Scoring
 from lightning_rlvr.curriculum import score as scores
 from lightning_rlvr.models import Policy
-from lightning_rlvr.rollout import TransformersEngine
+from lightning_rlvr.rollout import ServedEngine, TransformersEngine
 from lightning_rlvr.store import Store, user_path
 from lightning_rlvr.training.distributed import all_ranks
-from lightning_rlvr.types import Prompt, UserError
+from lightning_rlvr.types import Engine, Prompt, UserError
 
 if TYPE_CHECKING:
     from lightning_rlvr.training.module import RLVRModule
@@ -121,7 +121,7 @@ class QuestionScores:
                 self.prompts,
                 partial(module.prompt_format.encode, policy.tokenizer),
                 policy.decode,
-                TransformersEngine.of(policy, module.rollout_rows),
+                self._engine(policy),
                 module.reward,
                 self.scoring,
                 module.sampling.max_new_tokens,
@@ -129,6 +129,11 @@ class QuestionScores:
                 done,
                 self.trainer.world_size,
             )
+
+    def _engine(self, policy: Policy) -> Engine:
+        if self.scoring.served is not None:
+            return ServedEngine(self.scoring.served, policy.tokenizer)
+        return TransformersEngine.of(policy, self.module.rollout_rows)
 
     def _initial_policy(self) -> Policy:
         """Return the policy that scores are of: a fresh copy, where the module's own has been trained already."""

@@ -8,27 +8,11 @@ import time
 
 import pytest
 import yaml
-from support import ROOT
+from support import ROOT, write_benchmark
 
 from lightning_rlvr.cli import main
 from lightning_rlvr.evaluation.benchmark import read_benchmarks
 from lightning_rlvr.evaluation.command import command_line
-
-SUMS = {"min_terms": 5, "max_terms": 5, "min_digits": 1, "max_digits": 1}
-
-
-def write_benchmark(path, size, start=1_000_000):
-    task = {"name": "chain_sum", "size": size, "start": start, "config": SUMS, "prompt_template": "{expression} ="}
-    settings = {
-        "name": path.stem,
-        "task": {"class_path": "lightning_rlvr.tasks.ReasoningGym", "init_args": task},
-        "reward": {
-            "class_path": "lightning_rlvr.rewards.ExactMatch",
-            "init_args": {"answer_pattern": r"[#](-?\d+)$"},
-        },
-    }
-    path.write_text(yaml.safe_dump(settings))
-    return str(path)
 
 
 def write_config(path, **settings):
