@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -119,9 +118,9 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401 - part of the baseline
 
     module.policy_source.tokenizer()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = record.peak_bytes()
     trainer.fit(module, data)
-    measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    measured = record.peak_bytes() - before
     found = preflight.inspect(data, module, {"trainer": {"accelerator": "cpu", "devices": 1}})
     return {
         "baseline_mib": round(before / 2**20, 1),

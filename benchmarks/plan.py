@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
 
@@ -42,14 +41,14 @@ def measure(name: str, rows: int, tokens: int) -> dict[str, float]:
     )
     objective = getattr(objectives, name)()
     objective.plan(_cut(stats, 8))  # imports and first allocations
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = record.peak_bytes()
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
         objective.plan(stats)
         seconds.append(time.perf_counter() - start)
-    added = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"seconds": statistics.median(seconds), "added_gib": added / 2**20}
+    added = record.peak_bytes() - before
+    return {"seconds": statistics.median(seconds), "added_gib": added / 2**30}
 
 
 def _cut(stats: object, rows: int) -> object:

@@ -39,6 +39,12 @@ def keep(name: str, result: Mapping[str, Any]) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
+def peak_bytes() -> int:
+    """Return the most resident memory of this process so far (Linux). That of getrusage begins with its parent's."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
 def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:
     """Return median, least and most."""
     measures = {"median": statistics.median, "least": min, "most": max}

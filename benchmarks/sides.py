@@ -9,7 +9,6 @@ its seconds, and the peak resident memory of the process so far.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from benchmarks import record
 from benchmarks.generate import GivenLengths
 from benchmarks.workloads import SMOLLM2, WORKLOADS, Workload
 
@@ -90,7 +90,7 @@ class Turns:
     def end(self, parts: dict[str, float] | None = None) -> None:
         """Report, with the seconds of parts of the step if those are known."""
         seconds = time.perf_counter() - self._start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        peak = record.peak_bytes() / 2**30
         print("@", json.dumps({"seconds": seconds, "peak_gib": peak, **(parts or {})}), flush=True)
 
 
