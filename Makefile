@@ -30,7 +30,7 @@ lint: install
 
 # Two processes of one thread each: two of two threads slow each other down on two cores.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadscope --durations 30
 
 # The paper's table in small, on two puzzles: about an hour on two cores. Started again, it goes on where it stopped.
 paper-table: install
