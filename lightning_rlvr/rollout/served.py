@@ -39,7 +39,7 @@ class Served:
             ids, and the ids of a response are those of its text.
         parallel: requests at a time.
         timeout: seconds for a response.
-        key_variable: environment variable that holds the server's key, where it wants one.
+        key_variable: environment variable that holds the server's key, where it wants one; none is sent by default.
     """
 
     url: str
@@ -48,7 +48,7 @@ class Served:
     server: Literal["vllm", "transformers", "openai"] = "vllm"
     parallel: int = 64
     timeout: float = 600.0
-    key_variable: str = "OPENAI_API_KEY"
+    key_variable: str | None = None
 
     def __post_init__(self) -> None:
         if self.parallel < 1 or self.timeout <= 0:
@@ -69,6 +69,17 @@ class Served:
                 "it. Set tokenizer_name of lightning_rlvr.rollout.Served to a hub name or folder."
             )
         return Pretrained(self.tokenizer_name).tokenizer()
+
+    def key(self) -> str:
+        """Return the server's key. Raises: UserError if the variable that is to hold it is not set."""
+        if self.key_variable is None:
+            return "none"  # some word must be sent
+        if self.key_variable not in os.environ:
+            raise UserError(
+                f"the server's key must be in the environment, but {self.key_variable} is not set. Set the variable, or "
+                "key_variable of lightning_rlvr.rollout.Served to null for a server that wants none."
+            )
+        return os.environ[self.key_variable]
 
 
 class ServedEngine(Engine):
@@ -92,7 +103,7 @@ class ServedEngine(Engine):
         self.served, self.tokenizer, self._errors = served, tokenizer, openai.OpenAIError
         self._client = openai.OpenAI(
             base_url=served.url,
-            api_key=os.environ.get(served.key_variable, "none"),
+            api_key=served.key(),
             timeout=served.timeout,
             max_retries=5,
         )

@@ -24,7 +24,7 @@ def vllm():
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append(body)
+            asked.append({**body, "key": self.headers["Authorization"]})
             status, said = troubles.pop() if troubles else (200, answer(body))
             data = json.dumps(said).encode()
             self.send_response(status)
@@ -60,8 +60,9 @@ def encoded():
     return [list(TinyPolicy().tokenizer()(text)["input_ids"]) for text in PROMPTS]
 
 
-def test_what_is_asked_and_taken(vllm):
+def test_what_is_asked_and_taken(vllm, monkeypatch):
     url, asked, _ = vllm
+    monkeypatch.setenv("OPENAI_API_KEY", "for another server")
     prompts = encoded()
     rollouts = engine(url, parallel=3).generate(prompts, [1, 2, 3], 2, Sampling(max_new_tokens=8))
     assert rollouts.mask.sum(1).tolist() == [4] * 6
@@ -78,6 +79,7 @@ def test_what_is_asked_and_taken(vllm):
     for i, prompt in enumerate(prompts):
         assert sorted(rollouts.response_ids[2 * i : 2 * i + 2].tolist()) == sorted(first[tuple(prompt)])
     assert len({body["seed"] for body in asked}) == 6
+    assert {body["key"] for body in asked} == {"Bearer none"}
     again = engine(url).generate(prompts, [1, 2, 3], 2, Sampling(max_new_tokens=8))
     assert torch.equal(again.response_ids, rollouts.response_ids)
 
@@ -134,6 +136,15 @@ def test_the_settings_are_checked():
         Served("http://127.0.0.1/v1", "m", parallel=0)
     with pytest.raises(UserError, match="Set tokenizer_name"):
         Served("http://127.0.0.1/v1", "m").tokenizer()
+
+
+def test_a_key_is_sent_only_where_it_is_meant_to_be(vllm, monkeypatch):
+    url, asked, _ = vllm
+    with pytest.raises(UserError, match="THE_KEY is not set"):
+        engine(url, key_variable="THE_KEY")
+    monkeypatch.setenv("THE_KEY", "secret")
+    engine(url, key_variable="THE_KEY").generate(encoded(), [1, 2, 3], 1, Sampling(max_new_tokens=4))
+    assert {body["key"] for body in asked} == {"Bearer secret"}
 
 
 def test_questions_without_a_number_have_no_place_in_the_order():
