@@ -36,7 +36,7 @@ class Embedded(PolicySource):
     Args:
         teacher: where the worked solutions come from.
         hidden_size, layers, heads: size of the model; heads divides hidden_size into an even head size.
-        steps, batch_size, lr: the warm start; it takes steps * batch_size examples, about 400 a second on two cores (AVX2).
+        steps, batch_size, lr: the warm start; it takes steps * batch_size examples, about 400 a second on two cores.
         seed: decides initial weights and examples. The global random state is not touched.
         cache_dir: folder of the cache; None is $LIGHTNING_RLVR_CACHE, or else ~/.cache/lightning_rlvr.
     """

@@ -76,7 +76,7 @@ class Served:
             return "none"  # some word must be sent
         if self.key_variable not in os.environ:
             raise UserError(
-                f"the server's key must be in the environment, but {self.key_variable} is not set. Set the variable, or "
+                f"the server's key must be in the environment, but {self.key_variable} is not set. Set it, or "
                 "key_variable of lightning_rlvr.rollout.Served to null for a server that wants none."
             )
         return os.environ[self.key_variable]
