@@ -32,7 +32,7 @@ lint: install
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadscope --durations 30
 
-# The paper's table in small, on two puzzles: about an hour on two cores. Started again, it goes on where it stopped.
+# The paper's table in small, on two puzzles: over an hour on two cores. Started again, it goes on where it stopped.
 paper-table: install
 	set -e; for name in paper_table paper_table_make_number; do \
 		$(BIN)/python -m lightning_rlvr sweep experiments/$$name.yaml; \
