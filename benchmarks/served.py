@@ -22,7 +22,7 @@ from benchmarks import record
 from lightning_rlvr.models import Policy, Pretrained
 from lightning_rlvr.models.forward import response_logp
 from lightning_rlvr.rollout import Served, ServedEngine, TransformersEngine
-from lightning_rlvr.types import Rollouts, Sampling
+from lightning_rlvr.types import Sampling
 
 TOLERANCE = 1e-3  # nats, in float32: kernels differ
 
@@ -44,9 +44,9 @@ def greedy(policy: Policy, server: ServedEngine, prompts: list[list[int]], token
     same = 0
     for row in range(len(prompts)):
         a, b = ours.response_ids[row][ours.mask[row]].tolist(), theirs.response_ids[row][theirs.mask[row]].tolist()
-        at = next((t for t, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
+        at = next((t for t, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
         same += a == b
-        if a != b and at < min(len(a), len(b)):
+        if at is not None:  # else one is the other's beginning
             logp = policy.model(torch.tensor([prompts[row] + a[:at]])).logits[0, -1].log_softmax(-1)
             chosen = [f"{policy.tokenizer.decode([x])!r} ({float(logp[x]):.4f} nats)" for x in (a[at], b[at])]
             print(f"prompt {row}, token {at}: ours {chosen[0]}, the server's {chosen[1]}")
@@ -59,7 +59,7 @@ def sampled(
 ) -> dict[str, Any]:
     """Compare the log-probabilities of sampled tokens, where the server tells them."""
     start = time.perf_counter()
-    rollouts: Rollouts = server.generate(prompts, list(range(len(prompts))), samples, Sampling(tokens))
+    rollouts = server.generate(prompts, list(range(len(prompts))), samples, Sampling(tokens))
     seconds = time.perf_counter() - start
     gap = (response_logp(policy.model, rollouts, 1.0).logp - rollouts.logp)[rollouts.mask].abs()
     told = gap[~gap.isnan()]

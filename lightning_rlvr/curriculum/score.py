@@ -162,12 +162,16 @@ def estimates(drawn: dict[str, Any]) -> dict[str, Any]:
     """Return what follows from the clusters of one question's samples: entropies, clusters, and the majority."""
     labels, lengths = torch.tensor(drawn["cluster"]), torch.tensor(drawn["length"])
     logp = torch.tensor(drawn["logp"], dtype=torch.float64)
-    known = ESTIMATORS if not logp.isnan().any() else ("discrete",)  # a server may not have told it
+    told = not logp.isnan().any()  # a server may not tell it: only the discrete estimator does without
     parsed = [label for label, answer in zip(drawn["cluster"], drawn["answers"], strict=True) if answer is not None]
     largest = max(dict.fromkeys(parsed), key=parsed.count, default=None)
     return {
-        **{f"semantic_entropy_{name}": math.nan for name in ESTIMATORS},
-        **{f"semantic_entropy_{name}": semantic_entropy(labels, logp, lengths, name) for name in known},
+        **{
+            f"semantic_entropy_{name}": semantic_entropy(labels, logp, lengths, name)
+            if told or name == "discrete"
+            else math.nan
+            for name in ESTIMATORS
+        },
         "clusters": len(set(drawn["cluster"])),
         "majority": parsed.count(largest) / len(labels),
         "majority_correct": largest is not None and bool(drawn["correct"][drawn["cluster"].index(largest)]),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from lightning_rlvr.models.pretrained import Pretrained
 from lightning_rlvr.rollout.sampling import seed_of
@@ -136,9 +137,9 @@ class ServedEngine(Engine):
         return Rollouts(
             prompt_ids=prompt_ids.repeat_interleave(samples, dim=0),
             prompt_mask=prompt_mask.repeat_interleave(samples, dim=0),
-            response_ids=self._padded(ids, torch.long, self._pad_id),
+            response_ids=pad_sequence([torch.tensor(row, dtype=torch.long) for row in ids], True, self._pad_id),
             mask=mask,
-            logp=self._padded(logp, torch.float32, 0),
+            logp=pad_sequence([torch.tensor(row, dtype=torch.float32) for row in logp], True),
             entropy=torch.full(mask.shape, entropy).masked_fill(~mask, 0.0),
             truncated=torch.tensor(truncated),
         )
@@ -146,11 +147,6 @@ class ServedEngine(Engine):
     @property
     def _pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id)
-
-    @staticmethod
-    def _padded(rows: Sequence[Sequence[int | float]], dtype: torch.dtype, fill: int | float) -> torch.Tensor:
-        width = max(map(len, rows))
-        return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=dtype)
 
     def _ask(self, prompt: str | list[int], seed: int, sampling: Sampling) -> tuple[list[int], list[float], bool]:
         """Return a response's tokens, their log-probabilities, and whether it was cut."""
@@ -184,8 +180,8 @@ class ServedEngine(Engine):
     def _extras(self, sampling: Sampling) -> dict[str, Any]:
         """Return what a server needs to sample from the model's own distribution, whatever its defaults are."""
         if self.served.server == "vllm":
-            body: dict[str, Any] = {"top_k": sampling.top_k, "min_p": 0.0, "repetition_penalty": 1.0}
-            return {"logprobs": 0, "extra_body": {**body, "return_token_ids": True}}
+            own = {"top_k": sampling.top_k, "min_p": 0.0, "repetition_penalty": 1.0}
+            return {"logprobs": 0, "extra_body": {**own, "return_token_ids": True}}
         if self.served.server == "openai":
             return {}
         settings = {

@@ -19,6 +19,7 @@ from lightning_rlvr.metrics import EvaluationMetrics
 from lightning_rlvr.models import Policy, PolicySource, PromptFormat
 from lightning_rlvr.models.forward import TokenValues, batch_logp, micro_batches
 from lightning_rlvr.models.lora import adapted, frozen
+from lightning_rlvr.models.source import decode
 from lightning_rlvr.ops.advantages import group_advantages
 from lightning_rlvr.rewards import verdicts_of
 from lightning_rlvr.rollout import TransformersEngine, seed_of
@@ -241,7 +242,7 @@ class RLVRModule(LightningModule):
 
     def decode(self, rollouts: Rollouts) -> list[Response]:
         """Return the texts of the responses, without special tokens."""
-        return Policy(self.policy, self.tokenizer).decode(rollouts)
+        return decode(self.tokenizer, rollouts)
 
     # --- one training step -----------------------------------------------------------------------
 

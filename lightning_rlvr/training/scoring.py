@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,13 +117,13 @@ class QuestionScores:
             )
 
     def _score(self, store: Store, done: set[str]) -> None:
-        module, policy = self.module, self._initial_policy()
-        with module.parallel.whole(policy.model):
+        module = self.module
+        with self._engine() as engine:
             scores.score_questions(
                 self.prompts,
-                partial(module.prompt_format.encode, policy.tokenizer),
-                policy.decode,
-                self._engine(policy),
+                module.encode,
+                module.decode,
+                engine,
                 module.reward,
                 self.scoring,
                 module.sampling.max_new_tokens,
@@ -130,10 +132,15 @@ class QuestionScores:
                 self.trainer.world_size,
             )
 
-    def _engine(self, policy: Policy) -> Engine:
+    @contextmanager
+    def _engine(self) -> Iterator[Engine]:
+        """Give what samples: the server, or the policy with its weights whole."""
         if self.scoring.served is not None:
-            return ServedEngine(self.scoring.served, policy.tokenizer)
-        return TransformersEngine.of(policy, self.module.rollout_rows)
+            yield ServedEngine(self.scoring.served, self.module.tokenizer)
+            return
+        policy = self._initial_policy()
+        with self.module.parallel.whole(policy.model):
+            yield TransformersEngine.of(policy, self.module.rollout_rows)
 
     def _initial_policy(self) -> Policy:
         """Return the policy that scores are of: a fresh copy, where the module's own has been trained already."""

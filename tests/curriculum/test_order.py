@@ -182,6 +182,12 @@ def test_a_column_of_the_data():
     assert joined(down.cut(prompts, None, 0)) == [0, 2, 1, 3]
 
 
+def test_questions_without_a_number_have_no_place_in_the_order():
+    scores = pd.DataFrame({"semantic_entropy_likelihood": [0.1, float("nan")]})
+    with pytest.raises(UserError, match="1 of semantic_entropy_likelihood are"):
+        Curriculum(estimator="likelihood").key([Prompt(str(i), "", "") for i in range(2)], scores)
+
+
 @pytest.mark.parametrize("value", [None, "hard", float("nan"), [1]])
 def test_a_column_must_hold_numbers(value):
     prompts = [Prompt("a", "", "", {"level": 1}), Prompt("b", "", "", {"level": value})]
