@@ -7,7 +7,7 @@ import os
 import statistics
 from argparse import ArgumentParser
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ import torch
 
 from lightning_rlvr.preflight.memory import Memory, Work, estimate
 from lightning_rlvr.preflight.placement import Placement, placement
+from lightning_rlvr.rollout import VLLM
 from lightning_rlvr.training import RLVRDataModule, RLVRModule
 from lightning_rlvr.types import UserError
 
@@ -109,6 +110,9 @@ def inspect(
     prompts = _prompts(data, module)
     work = _work(data, module, place, int(prompts.get("longest kept", data.max_prompt_tokens)))
     memory = estimate(model, work, place, module._optimizer, module.objective.needs_reference)
+    room = _room(place, gpu_memory)
+    if module.vllm is not None:
+        memory = _with_vllm(memory, module.vllm, room if place.accelerator else None)
     rows = data.prompts_per_batch * data.group_size
     weights = sum(parameter.nbytes for parameter in model.parameters())
     state = memory.parts["optimizer"] * place.optimizer if place.optimizer <= place.world else 12 * parameters
@@ -134,7 +138,7 @@ def inspect(
             "all bytes": (weights + state) * count + weights,
         },
     }
-    return Report(facts, memory, _room(place, gpu_memory), place)
+    return Report(facts, memory, room, place)
 
 
 def _work(data: RLVRDataModule, module: RLVRModule, place: Placement, prompt_tokens: int) -> Work:
@@ -183,6 +187,17 @@ def _prompts(data: RLVRDataModule, module: RLVRModule) -> dict[str, Any]:
         f"share over max_prompt_tokens ({limit})": sum(length > limit for length in lengths) / len(lengths),
         "responses are cut at tokens": module.sampling.max_new_tokens,
     }
+
+
+def _with_vllm(memory: Memory, vllm: VLLM, gpu: int | None) -> Memory:
+    """Let vLLM sample: it takes its share of a GPU, if it sleeps for the rollout alone; on a CPU a copy of the weights.
+
+    Its keys and values on a CPU are not counted: VLLM_CPU_KVCACHE_SPACE says them.
+    """
+    taken = {"vLLM": memory.parts["weights"] if gpu is None else int(vllm.memory * gpu)}
+    if vllm.sleep and gpu is not None:
+        return replace(memory, moments={**memory.moments, "rollout": taken})
+    return Memory({**memory.parts, **taken}, {**memory.moments, "rollout": {}})
 
 
 def _room(place: Placement, gpu_memory: float | None) -> int:

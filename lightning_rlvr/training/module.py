@@ -22,7 +22,7 @@ from lightning_rlvr.models.lora import adapted, frozen
 from lightning_rlvr.models.source import decode
 from lightning_rlvr.ops.advantages import group_advantages
 from lightning_rlvr.rewards import verdicts_of
-from lightning_rlvr.rollout import TransformersEngine, seed_of
+from lightning_rlvr.rollout import VLLM, TransformersEngine, VLLMEngine, seed_of
 from lightning_rlvr.training.checkpoint import COUNTS, check_checkpoint
 from lightning_rlvr.training.clock import Clock
 from lightning_rlvr.training.distributed import all_ranks, gather_stats, reduce_ratios, world_size
@@ -35,6 +35,7 @@ from lightning_rlvr.training.experience import (
     describe,
     pull_covariance,
 )
+from lightning_rlvr.training.mismatch import check_agreement, corrected
 from lightning_rlvr.training.numbers import total, without_nan
 from lightning_rlvr.training.parallel import Parallel, parallel_of
 from lightning_rlvr.training.update import in_micro_batches, update_policy
@@ -81,6 +82,7 @@ class RLVRModule(LightningModule):
             statistics, or those are taken that were recorded while sampling. auto computes them for the first rollout
             batch and takes the recorded ones, then too, if no token's differ by more than 1e-4 nats.
         rollout_rows: rows decoded at a time; changes memory and speed only.
+        vllm: samples with vLLM instead of this package's engine, on one process; see `VLLM`.
         dynamic_sampling: if not 0, groups whose rewards are all equal are replaced by groups of the next questions,
             from at most that many rollout batches for one update (DAPO).
         max_grad_norm: bound on the norm of the gradient, null for none.
@@ -109,6 +111,7 @@ class RLVRModule(LightningModule):
         updates_per_rollout: int = 1,
         micro_batch_size: int = 32,
         rollout_rows: int = 256,
+        vllm: VLLM | None = None,
         max_grad_norm: float | None = 1.0,
         max_skipped_updates: int = 3,
         recompute_logp: bool | Literal["auto"] = "auto",
@@ -148,6 +151,11 @@ class RLVRModule(LightningModule):
                 "top-k sampling the probability ratio is not the policy's. Set model.sampling to temperature > 0, "
                 "top_p 1, top_k 0; model.eval_sampling is free."
             )
+        if vllm is not None and recompute_logp is False:
+            raise UserError(
+                "recompute_logp must be auto or true with model.vllm, got false: vLLM's log-probabilities are not "
+                "those of training, and it tells no entropy. Set model.recompute_logp."
+            )
         self.automatic_optimization = False
         self.strict_loading = False  # the reference is not in checkpoints while it is the initial policy
         self.policy_source, self.objective, self.reward = policy, objective, reward
@@ -156,6 +164,7 @@ class RLVRModule(LightningModule):
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self.updates_per_rollout, self.micro_batch_size = updates_per_rollout, micro_batch_size
         self.rollout_rows, self.max_grad_norm, self.pass_at = rollout_rows, max_grad_norm, pass_at
+        self.vllm, self._vllm_engine = vllm, cast("VLLMEngine | None", None)
         self.seed, self.offload_reference = seed, offload_reference
         self.max_skipped_updates, self.skipped_in_a_row = max_skipped_updates, 0
         self.parallel = Parallel(self)
@@ -197,6 +206,11 @@ class RLVRModule(LightningModule):
         """
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise UserError("precision 16-mixed is not supported: gradients would be clipped scaled. Set bf16-mixed.")
+        if self.vllm is not None and self.trainer.world_size > 1:
+            raise UserError(
+                f"model.vllm samples on one process, got {self.trainer.world_size}. Set model.vllm to null, or "
+                "trainer.devices and trainer.num_nodes to 1."
+            )
         if self.offload_reference and self.reference is not None:
             if adapted(self.policy):
                 raise UserError(
@@ -226,9 +240,14 @@ class RLVRModule(LightningModule):
             self.reference.load_state_dict(self.policy.state_dict())
 
     @property
-    def engine(self) -> TransformersEngine:
+    def engine(self) -> TransformersEngine | VLLMEngine:
         """The engine that samples from the policy as it is now."""
-        return TransformersEngine.of(Policy(self.policy, self.tokenizer), self.rollout_rows)
+        policy = Policy(self.policy, self.tokenizer)
+        if self.vllm is None:
+            return TransformersEngine.of(policy, self.rollout_rows)
+        if self._vllm_engine is None:
+            self._vllm_engine = VLLMEngine(policy, self.vllm, self.rollout_rows)
+        return self._vllm_engine
 
     @property
     def sampler(self) -> CurriculumSampler | None:
@@ -263,6 +282,9 @@ class RLVRModule(LightningModule):
             with self.clock.part("statistics"):
                 stats = self.token_statistics(experience, batch.samples)
                 plan = self.plan(stats)
+                mismatch: dict[str, Ratio] = {}
+                if self.vllm is not None:
+                    plan, mismatch = corrected(experience.rollouts, stats, plan, self.vllm.max_importance)
             ref_logp = None
             if self.objective.needs_reference:
                 with self.clock.part("reference"):
@@ -277,7 +299,7 @@ class RLVRModule(LightningModule):
             with self.clock.part("logging"):
                 for observer in observers:
                     observer.on_updated(self, record, clipped)
-                metrics |= describe(experience, stats, plan, batch.samples)
+                metrics |= mismatch | describe(experience, stats, plan, batch.samples)
                 metrics["covariance"] = pull_covariance(self.objective, record)
                 for name in ("micro_batch_size", "rollout_rows"):  # smaller than asked for where memory ran out
                     metrics[name] = Ratio(torch.tensor(getattr(self, name)), torch.tensor(1))
@@ -333,6 +355,8 @@ class RLVRModule(LightningModule):
         logp, entropy, _ = self._batch_logp(self.policy, rollouts, update, with_entropy=True)
         assert entropy is not None
         if self.recording_agrees is None:
+            if self.vllm is not None:
+                check_agreement(rollouts, logp, self.vllm.tolerance, self.tokenizer)
             gap = torch.stack([(logp - recorded[0]).abs().max(), (entropy - recorded[1]).abs().max()]).max()
             self.recording_agrees = all_ranks(bool(gap <= RECORDING_TOLERANCE))
         return recorded if self.recompute_logp == "auto" and self.recording_agrees else (logp, entropy)

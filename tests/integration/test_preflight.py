@@ -55,3 +55,14 @@ def test_a_model_out_of_reach_is_an_error_that_names_its_key(before):
     status, _, printed = before("--model.policy", json.dumps(hub))
     assert status == 2
     assert "Set model.policy.init_args.name" in printed.err
+
+
+def test_vllm_takes_its_share_of_a_gpu_while_it_samples(before):
+    gpu = ["--gpu_memory", "10", "--trainer.accelerator", "gpu", "--model.vllm.memory", "0.4"]
+    _, asleep, _ = before(*gpu)
+    assert asleep["memory"]["moments"]["rollout"] == {"vLLM": 4 * 2**30}
+    assert "vLLM" not in asleep["memory"]["parts"]
+    _, awake, _ = before(*gpu, "--model.vllm.sleep", "false")
+    assert awake["memory"]["parts"]["vLLM"] == 4 * 2**30
+    _, cpu, _ = before("--model.vllm.memory", "0.4")
+    assert cpu["memory"]["parts"]["vLLM"] == cpu["model"]["weights bytes"]

@@ -1,5 +1,6 @@
 """The packed way against the plain one: the same values and gradients, computed once and without padding."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -153,6 +154,25 @@ def test_a_prompt_is_computed_once_for_its_responses_and_no_token_without_need()
     prompts, inputs = 4 * 7, int((rollouts.mask.sum(1) - 1).clamp(min=0).sum())
     assert seen[0] == prompts
     assert inputs <= sum(seen[1:]) <= inputs + packing.PASS_TOKENS
+
+
+def test_attention_takes_keys_without_copies_for_each_query_head(monkeypatch):
+    """4 query heads share 2 of keys; where responses go on from prompts there is a mask."""
+    heads, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(query, key, value, *args, **kwargs):
+        heads.append((query.shape[1], key.shape[1], value.shape[1]))
+        return attend(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    monkeypatch.setenv(packing.GROUPED, "0")
+    model = MODELS["llama, grouped queries"]()
+    packing.packed_states(model.get_decoder(), batch())
+    assert set(heads) == {(4, 2, 2)}
+    assert os.environ[packing.GROUPED] == "0"
+    monkeypatch.delenv(packing.GROUPED)
+    packing.packed_states(model.get_decoder(), batch())
+    assert packing.GROUPED not in os.environ
 
 
 @pytest.mark.parametrize("filler", [0, 98])
