@@ -6,8 +6,8 @@
 TRL is needed for this alone: pip install trl. Each side is a process of its own; they take turns, step by step, after
 one uncounted step each, so that both see the same machine and each has its own memory. Both train in float32 with
 DAPO's loss and a fused AdamW, and nothing logged. TRL has no checkpointing, sdpa attention, a dynamic cache, and the
-rows in a pass that were found fastest for it on two cores; ours are fewer, since they take less memory: on W1 more would
-be faster, on W2 they are as fast (a prompt's 8 rows share a pass).
+rows in a pass that were found fastest for it on two cores. Ours are fewer, which takes less memory: on W1 more would be
+faster, on W2 as fast (a prompt's 8 rows share a pass).
 
 The arithmetic floor is 2 operations for each parameter and token that is read forward, and 6 in the update, the head's
 included and each prompt counted once for its responses, over the rate of a product of 1024 x 1024 matrices, measured in

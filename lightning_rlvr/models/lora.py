@@ -71,9 +71,16 @@ class LoRA(PolicySource):
 
         Raises: UserError if no layer has a name that `targets` asks for.
         """
+        model, tokenizer = self.policy.load()
+        return Policy(self._adapted(model), tokenizer)
+
+    def skeleton(self) -> PreTrainedModel:
+        """Return the model beneath on the meta device, with its adapters. Raises: UserError as `load` does."""
+        return self._adapted(self.policy.skeleton())
+
+    def _adapted(self, model: PreTrainedModel) -> PreTrainedModel:
         from peft import LoraConfig, inject_adapter_in_model
 
-        model, tokenizer = self.policy.load()
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=0.0, target_modules=self.targets)
         training = model.training
         with torch.random.fork_rng(devices=[]):
@@ -85,7 +92,7 @@ class LoRA(PolicySource):
                     f"targets must name linear layers of the policy, got {self.targets!r}: {error}. "
                     "Set model.policy.init_args.targets."
                 ) from error
-        return Policy(model.train(training), tokenizer)
+        return model.train(training)
 
     def fingerprint(self) -> str:
         """Return that of the policy beneath, which this one is before it is trained."""

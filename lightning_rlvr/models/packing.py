@@ -42,7 +42,7 @@ def packed_states(backbone: nn.Module, rollouts: Rollouts) -> States:
     Rows beside each other that have the same prompt share its pass, and their gradients meet in it. Responses go on
     from its key-value cache, longest first, in as many passes as keep padding small.
     """
-    with _keys_as_they_are(rollouts.prompt_ids.device):
+    with keys_as_they_are(rollouts.prompt_ids.device):
         return _packed_states(backbone, rollouts)
 
 
@@ -74,7 +74,7 @@ def _packed_states(backbone: nn.Module, rollouts: Rollouts) -> States:
 
 
 @contextmanager
-def _keys_as_they_are(device: torch.device) -> Iterator[None]:
+def keys_as_they_are(device: torch.device) -> Iterator[None]:
     """On a CPU, let attention under a mask read a key once for all query heads that share it.
 
     By default it is copied for each of them, and the copies are kept for the backward pass: 4 % of the memory of an

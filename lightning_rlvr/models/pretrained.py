@@ -93,11 +93,7 @@ class Pretrained(PolicySource):
                 attn_implementation=self.attn_implementation,
                 trust_remote_code=self.trust_remote_code,
             )
-        finish_model(model)
-        if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.train()  # else it would keep everything
-        return Policy(model, self.tokenizer())
+        return Policy(self._finished(model), self.tokenizer())
 
     def skeleton(self) -> PreTrainedModel:
         """Return the model without weights, by its config.json (or GGUF file).
@@ -116,7 +112,14 @@ class Pretrained(PolicySource):
                     attn_implementation=self.attn_implementation,
                     trust_remote_code=self.trust_remote_code,
                 )
-        return finish_model(model)
+        return self._finished(model)
+
+    def _finished(self, model: PreTrainedModel) -> PreTrainedModel:
+        finish_model(model)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()  # else it would keep everything
+        return model
 
     def fingerprint(self) -> str:
         """Hash the settings and the content of the model's folder; a file is read once in a process."""

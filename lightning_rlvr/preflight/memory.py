@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_rlvr.models.forward import joins
+from lightning_rlvr.models.lora import adapted
 from lightning_rlvr.models.packing import parts_of
 from lightning_rlvr.ops.linear_logprob import ACCELERATOR_BYTES, CPU_BYTES
 from lightning_rlvr.preflight.trace import optimizer_step, prompt_pass, update_pass
@@ -110,17 +112,18 @@ def estimate(
     responses follow the formulas of the code that holds them.
     """
     weights = sum(parameter.nbytes for parameter in model.parameters())
+    trained = trained_bytes(model)
     head = model.get_output_embeddings()
     size, hidden = head.weight.shape
-    vocabulary = Vocabulary(size, hidden, head.weight.element_size(), place)
+    vocabulary = Vocabulary(size, hidden, head.weight.element_size(), place, head.weight.requires_grad)
     optimizer = optimizer_step(model, make_optimizer, place.accelerator)
-    state, extra = optimizer or (ADAM_STATES * weights, weights)
+    state, extra = optimizer or (ADAM_STATES * trained, trained)
     parts = {
         "weights": weights // place.weights,
-        "gradients": weights // place.gradients,
-        "optimizer": (state + place.master_bytes * weights // head.weight.element_size()) // place.optimizer,
-        "reference": weights // place.weights if reference else 0,
-        "communication": weights if place.buckets else 0,
+        "gradients": trained // place.gradients,
+        "optimizer": (state + place.master_bytes * trained // head.weight.element_size()) // place.optimizer,
+        "reference": weights // place.weights if reference and not adapted(model) else 0,
+        "communication": trained if place.buckets else 0,
         "batch": work.prompts * work.samples * (work.response_tokens * RETURNED_BYTES + work.prompt_tokens * 9),
     }
     planned = work.prompts * place.world * work.samples * work.response_tokens * PLANNED_BYTES
@@ -135,6 +138,11 @@ def estimate(
     return Memory(parts, moments)
 
 
+def trained_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of the weights that are trained."""
+    return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """The head over a vocabulary: see ops.linear_logprob and rollout.sampling for what each holds."""
@@ -143,6 +151,7 @@ class Vocabulary:
     hidden: int
     weight_bytes: int
     place: Placement
+    trained: bool = True  # whether its weight is
 
     def head(self, tokens: int, with_entropy: bool, gradient: bool, temperature: float) -> tuple[int, int]:
         """Return the most bytes while values and gradient are formed, and those of the gradient that is kept."""
@@ -152,7 +161,7 @@ class Vocabulary:
         matrix = 0
         if self.place.autocast is not None:  # rounded, and on a CPU widened again
             matrix = self.size * self.hidden * (2 if self.place.accelerator else 6)
-        kept = 4 * (tokens + self.size) * self.hidden if gradient else 0
+        kept = 4 * (tokens + self.size * self.trained) * self.hidden if gradient else 0
         return buffer + (copies if self.place.accelerator else 0) + matrix + kept, kept
 
     def sampler(self, rows: int) -> int:
@@ -187,7 +196,7 @@ def _rollout(model: PreTrainedModel, work: Work, place: Placement, vocabulary: V
 
 def _statistics(model: PreTrainedModel, work: Work, place: Placement, vocabulary: Vocabulary) -> dict[str, int]:
     """A pass without gradients: no more than the forward pass of an update, of one layer at a time."""
-    prompts, rows, _ = work.largest_part(place.joined)
+    prompts, rows, _ = work.largest_part(place.joined or joins(model))
     read = prompt_pass(model, max(1, prompts), work.prompt_tokens, place.autocast)
     own = read.cache // (max(1, prompts) * work.prompt_tokens) * rows * (work.prompt_tokens + work.response_tokens)
     peak, _ = vocabulary.head(rows * work.response_tokens, True, False, work.temperature)
@@ -196,9 +205,11 @@ def _statistics(model: PreTrainedModel, work: Work, place: Placement, vocabulary
 
 def _update(model: PreTrainedModel, work: Work, place: Placement, vocabulary: Vocabulary) -> dict[str, int]:
     """Activations and the head's buffer, then the backward pass with the head's gradients waiting."""
-    prompts, rows, _ = work.largest_part(place.joined)
+    joined = place.joined or joins(model)
+    prompts, rows, _ = work.largest_part(joined)
     widths = work.prompt_tokens, work.response_tokens
-    traced = update_pass(model, prompts, rows, widths, place.joined, place.autocast)
+    device = "cuda" if place.accelerator else "cpu"
+    traced = update_pass(model, prompts, rows, widths, joined, place.autocast, device)
     tokens = rows * work.response_tokens
     peak, kept = vocabulary.head(tokens, work.with_entropy, True, work.temperature)
     # The embedding's gradient is as large as the weight, and is formed last.

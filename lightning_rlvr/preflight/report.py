@@ -13,7 +13,8 @@ from typing import Any, cast
 
 import torch
 
-from lightning_rlvr.preflight.memory import Memory, Work, estimate
+from lightning_rlvr.models.forward import joins
+from lightning_rlvr.preflight.memory import Memory, Work, estimate, trained_bytes
 from lightning_rlvr.preflight.placement import Placement, placement
 from lightning_rlvr.rollout import VLLM
 from lightning_rlvr.training import RLVRDataModule, RLVRModule
@@ -106,7 +107,8 @@ def inspect(
     model = module.policy_source.skeleton()
     if place.dtype is not None:
         cast(Any, model).to(place.dtype)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     prompts = _prompts(data, module)
     work = _work(data, module, place, int(prompts.get("longest kept", data.max_prompt_tokens)))
     memory = estimate(model, work, place, module._optimizer, module.objective.needs_reference)
@@ -115,27 +117,33 @@ def inspect(
         memory = _with_vllm(memory, module.vllm, room if place.accelerator else None)
     rows = data.prompts_per_batch * data.group_size
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    state = memory.parts["optimizer"] * place.optimizer if place.optimizer <= place.world else 12 * parameters
+    state = memory.parts["optimizer"] * place.optimizer if place.optimizer <= place.world else 12 * trained
+    kept = trained_bytes(model) + state
     keeps = settings.get("checkpoint") or {}
     count = max(0, int(keeps.get("save_top_k", 1))) + bool(keeps.get("save_last"))
     inert = module.objective.inert(module.updates_per_rollout)
     facts: dict[str, dict[str, Any]] = {
-        "model": {"class": type(model).__name__, "parameters": parameters, "weights bytes": weights},
+        "model": {
+            "class": type(model).__name__,
+            "parameters": parameters,
+            "trained": trained,
+            "weights bytes": weights,
+        },
         "step": {
             "processes": place.world,
             "prompts a process": work.prompts,
             "responses": rows,
             "updates a rollout": work.updates,
-            "micro-batches an update": work.largest_part(place.joined)[2],
+            "micro-batches an update": work.largest_part(place.joined or joins(model))[2],
             "tokens at most": rows * work.response_tokens + data.prompts_per_batch * work.prompt_tokens,
         },
         "terms that cannot act": {str(i): reason for i, reason in enumerate(inert, 1)} or {"none": ""},
         "prompts": prompts,
         "disk": {
-            "a checkpoint bytes": weights + state,
+            "a checkpoint bytes": kept,
             "checkpoints kept": count,
             "export bytes": weights,
-            "all bytes": (weights + state) * count + weights,
+            "all bytes": kept * count + weights,
         },
     }
     return Report(facts, memory, room, place)

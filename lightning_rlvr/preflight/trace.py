@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lightning_rlvr.models.packing import run_backbone
+from lightning_rlvr.models.packing import keys_as_they_are, run_backbone
 from lightning_rlvr.rollout.decoder import read_prompts
 
 if TYPE_CHECKING:
@@ -103,7 +103,13 @@ def _like(old: Tensor) -> Tensor:
 
 
 def update_pass(
-    model: PreTrainedModel, prompts: int, rows: int, widths: tuple[int, int], joined: bool, autocast: torch.dtype | None
+    model: PreTrainedModel,
+    prompts: int,
+    rows: int,
+    widths: tuple[int, int],
+    joined: bool,
+    autocast: torch.dtype | None,
+    device: str = "cpu",
 ) -> UpdatePass:
     """Trace a micro-batch without its head: prompts read once for their rows, or joined with each.
 
@@ -114,6 +120,7 @@ def update_pass(
         widths: tokens of a prompt and of a response.
         joined: whether each row has its prompt in its own pass.
         autocast: the dtype of products if it is not that of the weights.
+        device: where it is to run, cpu or cuda.
     """
     from transformers import DynamicCache
 
@@ -121,7 +128,7 @@ def update_pass(
     with fake(model, autocast) as policy:
         backbone = policy.get_decoder()  # type: ignore[operator]
         live = LiveBytes()
-        with live:
+        with live, nullcontext() if joined else keys_as_they_are(torch.device(device)):
             if joined:
                 ids = torch.zeros(rows, prompt + response - 1, dtype=torch.long)
                 mask = torch.ones_like(ids)
@@ -147,6 +154,7 @@ def update_pass(
 def prompt_pass(model: PreTrainedModel, prompts: int, prompt: int, autocast: torch.dtype | None) -> PromptPass:
     """Trace the reading of prompts before they are answered."""
     with fake(model, autocast) as policy, LiveBytes() as live, torch.no_grad():
+        policy.eval()  # recomputed layers would keep no cache
         seen = torch.ones(prompts, prompt, dtype=torch.bool)
         _, cache = read_prompts(policy, seen.long(), seen)  # type: ignore[arg-type]
         held = sum(keys.nbytes + values.nbytes for keys, values, *_ in cache)

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lightning_rlvr.rollout.decoder import Decoder, read_prompts
+from lightning_rlvr.rollout.few_rows import few_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,14 +84,15 @@ class SharedPrefixDecoder(Decoder):
         before = config._attn_implementation
         config._attn_implementation = NAME
         try:
-            output = self.model(
-                input_ids=token[:, None],
-                attention_mask=layout.mask,
-                position_ids=layout.position[: len(token)],
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            with few_rows(self.model, len(token)):
+                output = self.model(
+                    input_ids=token[:, None],
+                    attention_mask=layout.mask,
+                    position_ids=layout.position[: len(token)],
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
         finally:
             config._attn_implementation = before
         if layout.attended != len(self.layers):

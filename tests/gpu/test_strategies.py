@@ -34,6 +34,7 @@ RUNS = {
     "lora": LORA,
     "checkpointed": {"model.policy.init_args.gradient_checkpointing": "true", "trainer.precision": "bf16-mixed"},
     "offloaded_reference": {"model.offload_reference": "true"},
+    "vllm": {"model.vllm.memory": "0.3", "model.vllm.max_model_len": "1024"},
 }
 
 

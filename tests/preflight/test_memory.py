@@ -10,7 +10,7 @@ from support import Counting, ManyVowels, TinyPolicy
 
 from lightning_rlvr import preflight
 from lightning_rlvr.curriculum import Curriculum
-from lightning_rlvr.models import Policy
+from lightning_rlvr.models import LoRA, Policy
 from lightning_rlvr.objectives import SENT
 from lightning_rlvr.ops.linear_logprob import linear_logprob_loss
 from lightning_rlvr.preflight.memory import Vocabulary
@@ -47,10 +47,23 @@ class SmallPolicy(TinyPolicy):
         return self.load().model.to("meta")
 
 
+class Checkpointed(SmallPolicy):
+    """The same with its layers recomputed in the backward pass."""
+
+    def load(self):
+        policy = super().load()
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.model.train()
+        return policy
+
+
 @pytest.mark.parametrize("micro", [4, 64])
-def test_the_peak_is_within_15_percent_of_what_lived(tmp_path, micro):
+@pytest.mark.parametrize(
+    "policy", [SmallPolicy(), Checkpointed(), LoRA(SmallPolicy(), rank=4)], ids=lambda p: type(p).__name__
+)
+def test_the_peak_is_near_what_lived(tmp_path, micro, policy):
     module = RLVRModule(
-        SmallPolicy(),
+        policy,
         SENT(),
         ManyVowels(),
         Sampling(16),  # short, so that few responses of a policy that knows nothing end before
@@ -73,8 +86,10 @@ def test_the_peak_is_within_15_percent_of_what_lived(tmp_path, micro):
     with LiveBytes() as live:
         trainer.fit(module, data)
     said = preflight.inspect(data, module, {"trainer": {"accelerator": "cpu", "devices": 1}})
-    assert said.memory.peak == pytest.approx(live.peak, rel=0.15)
-    assert max(said.memory.totals, key=said.memory.totals.get) == "update"
+    recomputed = type(policy) is Checkpointed
+    assert said.memory.peak == pytest.approx(live.peak, rel=0.2 if recomputed else 0.15)
+    if type(policy) is SmallPolicy:
+        assert max(said.memory.totals, key=said.memory.totals.get) == "update"
 
 
 def test_the_head_takes_what_its_formula_says():
