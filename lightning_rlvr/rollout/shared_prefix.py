@@ -9,6 +9,7 @@ ring of as many columns as a response can have tokens, in which all rows write t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lightning_rlvr.rollout.decoder import Decoder, read_prompts
-from lightning_rlvr.rollout.few_rows import few_rows
+from lightning_rlvr.rollout.few_rows import few_rows, from_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +50,7 @@ class SharedPrefixDecoder(Decoder):
     def __init__(self, model: PreTrainedModel, rows: int, limit: int) -> None:
         self.model, self.rows, self.limit = model, rows, limit
         self.layout = Layout(model.device)
+        self.from_memory = from_memory(model)
         self.layers: list[SharedPrefixLayer] = []
 
     @staticmethod
@@ -84,7 +86,7 @@ class SharedPrefixDecoder(Decoder):
         before = config._attn_implementation
         config._attn_implementation = NAME
         try:
-            with few_rows(self.model, len(token)):
+            with few_rows(len(token)) if self.from_memory else nullcontext():
                 output = self.model(
                     input_ids=token[:, None],
                     attention_mask=layout.mask,
