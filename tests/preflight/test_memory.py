@@ -57,11 +57,16 @@ class Checkpointed(SmallPolicy):
         return policy
 
 
-@pytest.mark.parametrize("micro", [4, 64])
 @pytest.mark.parametrize(
-    "policy", [SmallPolicy(), Checkpointed(), LoRA(SmallPolicy(), rank=4)], ids=lambda p: type(p).__name__
+    ("policy", "micro"),
+    [
+        pytest.param(SmallPolicy(), 4, id="small parts"),
+        pytest.param(SmallPolicy(), 64, id="large parts"),
+        pytest.param(Checkpointed(), 64, id="recomputed layers"),
+        pytest.param(LoRA(SmallPolicy(), rank=4), 64, id="adapters"),
+    ],
 )
-def test_the_peak_is_near_what_lived(tmp_path, micro, policy):
+def test_the_peak_is_near_what_lived(tmp_path, policy, micro):
     module = RLVRModule(
         policy,
         SENT(),
