@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -139,7 +140,17 @@ def serving(folder: Path) -> Iterator[str]:
 
 
 class TinyPolicy(PolicySource):
-    """A Qwen3 of a few thousand random weights that knows the characters."""
+    """A model of a few thousand random weights that knows the characters; subclasses name other sizes."""
+
+    family = "Qwen3"
+    sizes: ClassVar = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
 
     def __init__(self, seed: int = 0, dtype: str = "float32") -> None:
         self.seed, self.dtype = seed, dtype
@@ -151,24 +162,19 @@ class TinyPolicy(PolicySource):
         return
 
     def load(self) -> Policy:
-        from transformers import Qwen3Config, Qwen3ForCausalLM
+        import transformers
 
         tokenizer = self.tokenizer()
-        config = Qwen3Config(
+        config = getattr(transformers, f"{self.family}Config")(
             vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=16,
+            **self.sizes,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
         )
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            model = Qwen3ForCausalLM(config)
+            model = getattr(transformers, f"{self.family}ForCausalLM")(config)
         return Policy(exact(model.to(getattr(torch, self.dtype)).eval()), tokenizer)
 
     def fingerprint(self) -> str:

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from lightning_rlvr.models.pretrained import Pretrained
+from lightning_rlvr.rollout.batch import as_told
 from lightning_rlvr.rollout.sampling import seed_of
-from lightning_rlvr.rollout.transformers_engine import left_pad
 from lightning_rlvr.types import Engine, Rollouts, Sampling, UserError
 
 if TYPE_CHECKING:
@@ -130,19 +129,7 @@ class ServedEngine(Engine):
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
-        prompt_ids, prompt_mask = left_pad(prompts, self._pad_id)
-        ids, logp, truncated = zip(*answers, strict=True)
-        mask = torch.arange(max(map(len, ids))) < torch.tensor([len(row) for row in ids])[:, None]
-        entropy = 0.0 if sampling.temperature == 0 else torch.nan
-        return Rollouts(
-            prompt_ids=prompt_ids.repeat_interleave(samples, dim=0),
-            prompt_mask=prompt_mask.repeat_interleave(samples, dim=0),
-            response_ids=pad_sequence([torch.tensor(row, dtype=torch.long) for row in ids], True, self._pad_id),
-            mask=mask,
-            logp=pad_sequence([torch.tensor(row, dtype=torch.float32) for row in logp], True),
-            entropy=torch.full(mask.shape, entropy).masked_fill(~mask, 0.0),
-            truncated=torch.tensor(truncated),
-        )
+        return as_told(prompts, answers, sampling, self._pad_id)
 
     @property
     def _pad_id(self) -> int:
@@ -171,9 +158,7 @@ class ServedEngine(Engine):
             ids = self.tokenizer(choice.text, add_special_tokens=False)["input_ids"]
             ids = list(ids) if cut else [*ids, self.tokenizer.eos_token_id]
         told = getattr(choice.logprobs, "token_logprobs", None)
-        if sampling.temperature == 0:
-            told = [0.0] * len(ids)
-        elif sampling.temperature != 1 or sampling.top_p != 1 or sampling.top_k or not told or len(told) != len(ids):
+        if sampling.temperature != 1 or sampling.top_p != 1 or sampling.top_k or not told or len(told) != len(ids):
             told = [torch.nan] * len(ids)
         return list(ids), list(told), cut
 

