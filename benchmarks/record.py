@@ -16,9 +16,11 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def about(benchmark: str, packages: Sequence[str], threads: int | None = None) -> dict[str, Any]:
+def about(
+    benchmark: str, packages: Sequence[str], threads: int | None = None, gpu: str | None = None
+) -> dict[str, Any]:
     """Return date, command, machine and the versions of packages (None where one is not installed)."""
-    cores = f"{platform.machine()}, {os.cpu_count()} cores"
+    cores = ", ".join(filter(None, [platform.machine(), f"{os.cpu_count()} cores", gpu]))
     return {
         "date": date.today().isoformat(),
         "command": " ".join([f"python -m benchmarks.{benchmark}", *sys.argv[1:]]),

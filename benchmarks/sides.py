@@ -34,7 +34,10 @@ PARTS = ("rollout", "statistics", "update", "logging")
 
 @dataclass(frozen=True)
 class Settings:
-    """What both sides do. `prompts` and `tokens` cut the workload down; micro_batch is rows in a pass."""
+    """What both sides do. `prompts` and `tokens` cut the workload down; micro_batch is rows in a pass.
+
+    On `cuda` weights are bfloat16.
+    """
 
     workload: str
     lengths: str
@@ -44,10 +47,13 @@ class Settings:
     steps: int
     prompts: int
     tokens: int
+    device: str = "cpu"
 
     def work(self) -> Workload:
         """Return the workload, cut down."""
         whole = WORKLOADS[self.workload]()
+        if self.device == "cuda":
+            whole.model.to(self.device, torch.bfloat16)
         return replace(whole, prompts=whole.prompts[: self.prompts], max_new_tokens=self.tokens)
 
     def response_lengths(self, work: Workload) -> Tensor:
@@ -78,8 +84,8 @@ def score(row: int) -> float:
 class Turns:
     """Waits for a line before each step and answers with its seconds."""
 
-    def __init__(self) -> None:
-        self._start = 0.0
+    def __init__(self, device: str) -> None:
+        self._start, self.device = 0.0, device
 
     def begin(self) -> None:
         """Wait for the word to begin."""
@@ -89,8 +95,10 @@ class Turns:
 
     def end(self, parts: dict[str, float] | None = None) -> None:
         """Report, with the seconds of parts of the step if those are known."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - self._start
-        peak = record.peak_bytes() / 2**30
+        peak = (torch.cuda.max_memory_allocated() if self.device == "cuda" else record.peak_bytes()) / 2**30
         print("@", json.dumps({"seconds": seconds, "peak_gib": peak, **(parts or {})}), flush=True)
 
 
@@ -157,7 +165,7 @@ def ours(settings: Settings, turns: Turns) -> None:
     )
     trainer = lightning.Trainer(
         max_epochs=1,
-        accelerator="cpu",
+        accelerator=settings.device,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -171,7 +179,7 @@ def ours(settings: Settings, turns: Turns) -> None:
 
 
 def trl(settings: Settings, turns: Turns) -> None:
-    """The same with TRL's GRPOTrainer, at its best settings for a CPU."""
+    """The same with TRL's GRPOTrainer, at its best settings."""
     from datasets import Dataset
     from transformers import LogitsProcessorList, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -199,8 +207,9 @@ def trl(settings: Settings, turns: Turns) -> None:
     def given_lengths(width: int) -> Callable[[Tensor, Tensor], Tensor]:
         def only_then(input_ids: Tensor, scores: Tensor) -> Tensor:
             scores[:, work.eos_id] = -torch.inf
-            ending = lengths == input_ids.shape[1] - width + 1
-            ending &= lengths < work.max_new_tokens
+            ends = lengths.to(scores.device)
+            ending = ends == input_ids.shape[1] - width + 1
+            ending &= ends < work.max_new_tokens
             scores[ending] = -torch.inf
             scores[ending, work.eos_id] = 0.0
             return scores
@@ -222,13 +231,13 @@ def trl(settings: Settings, turns: Turns) -> None:
         temperature=1.0,
         shuffle_dataset=False,
         gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
+        bf16=settings.device == "cuda",
+        use_cpu=settings.device == "cpu",
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        model_init_kwargs={"dtype": "float32"},
+        model_init_kwargs={"dtype": "bfloat16" if settings.device == "cuda" else "float32"},
     )
     trainer = Trainer(
         model=folder.name,
@@ -252,4 +261,5 @@ def trl(settings: Settings, turns: Turns) -> None:
 
 
 if __name__ == "__main__":
-    {"ours": ours, "trl": trl}[sys.argv[1]](Settings(**json.loads(sys.argv[2])), Turns())
+    told = Settings(**json.loads(sys.argv[2]))
+    {"ours": ours, "trl": trl}[sys.argv[1]](told, Turns(told.device))

@@ -2,6 +2,7 @@
 
     python -m benchmarks.step --workload W1 --lengths full|geometric [--reference] [--updates 2] [--rounds 5]
     python -m benchmarks.step --workload W1 --growth          # ours alone: a quarter of the prompts against all
+    python -m benchmarks.step --workload W3 --device cuda     # W2 or W3, bfloat16
 
 TRL is needed for this alone: pip install trl. Each side is a process of its own; they take turns, step by step, after
 one uncounted step each, so that both see the same machine and each has its own memory. Both train in float32 with
@@ -12,6 +13,9 @@ faster, on W2 as fast (a prompt's 8 rows share a pass).
 The arithmetic floor is 2 operations for each parameter and token that is read forward, and 6 in the update, the head's
 included and each prompt counted once for its responses, over the rate of a product of 1024 x 1024 matrices, measured in
 turns with the steps. Prints medians with their spread, and writes benchmarks/results/step_*.json.
+
+On a GPU it also says which share of that rate our update comes to, and which share of the memory's bandwidth, measured
+by a copy, our rollout: each of its steps reads all weights, and the keys and values of what it has sampled so far.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import torch
@@ -29,8 +34,13 @@ import torch
 from benchmarks import record
 from benchmarks.sides import PARTS, Settings
 
-MICRO_BATCH = {"ours": {"W1": 16, "W2": 6}, "trl": {"W1": 32, "W2": 8}}  # rows in a pass
-SIZE = 1024  # of the matrices whose product tells the machine's rate
+# Rows in a pass, by device.
+MICRO_BATCH = {
+    "cpu": {"ours": {"W1": 16, "W2": 6}, "trl": {"W1": 32, "W2": 8}},
+    "cuda": {"ours": {"W2": 32, "W3": 16}, "trl": {"W2": 32, "W3": 16}},
+}
+SIZE = {"cpu": 1024, "cuda": 8192}  # of the matrices whose product tells the machine's rate
+COPIED = 2**30  # elements of the copy that tells a GPU's bandwidth
 
 
 class Side:
@@ -55,7 +65,9 @@ class Side:
         self.process.communicate(timeout=60)
 
 
-def in_turns(sides: dict[str, Settings], rounds: int) -> tuple[dict[str, list[dict[str, float]]], list[float]]:
+def in_turns(
+    sides: dict[str, Settings], rounds: int, device: str
+) -> tuple[dict[str, list[dict[str, float]]], list[float]]:
     """Step all sides in turns; return what each said of each step, and the matmul rates between them (1/s)."""
     running = {name: Side(name.split()[0], settings) for name, settings in sides.items()}
     said: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
@@ -66,21 +78,36 @@ def in_turns(sides: dict[str, Settings], rounds: int) -> tuple[dict[str, list[di
             answer = running[name].step()
             if number:  # the first is warm-up
                 said[name].append(answer)
-        rates.append(matmul_rate())
+        rates.append(matmul_rate(device))
     for side in running.values():
         side.close()
     return said, rates
 
 
-def matmul_rate() -> float:
-    """Return floating-point operations a second of a product of two square matrices."""
-    a, b = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
+def matmul_rate(device: str) -> float:
+    """Return floating-point operations a second of a product of two square matrices, in bfloat16 on a GPU."""
+    size, dtype = SIZE[device], torch.float32 if device == "cpu" else torch.bfloat16
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / median_seconds(lambda: a @ b, device)
+
+
+def bandwidth() -> float:
+    """Return bytes read and written a second by a large copy in a GPU's memory."""
+    source = torch.randn(COPIED, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), "cuda")
+
+
+def median_seconds(work: Callable[[], object], device: str) -> float:
+    """Return how long something takes."""
     seconds = []
     for _ in range(20):
         start = time.perf_counter()
-        a @ b
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return 2 * SIZE**3 / statistics.median(seconds)
+    return statistics.median(seconds)
 
 
 def floor_operations(settings: Settings) -> tuple[int, int]:
@@ -94,8 +121,9 @@ def floor_operations(settings: Settings) -> tuple[int, int]:
 
 def against_trl(settings: Settings, rounds: int) -> dict[str, object]:
     """Compare a step of ours with one of TRL's."""
-    sides = {side: replace(settings, micro_batch=MICRO_BATCH[side][settings.workload]) for side in MICRO_BATCH}
-    said, rates = in_turns(sides, rounds)
+    rows = MICRO_BATCH[settings.device]
+    sides = {side: replace(settings, micro_batch=rows[side][settings.workload]) for side in rows}
+    said, rates = in_turns(sides, rounds, settings.device)
     seconds = {name: [answer["seconds"] for answer in answers] for name, answers in said.items()}
     operations, tokens = floor_operations(settings)
     floor = operations / statistics.median(rates)
@@ -110,13 +138,32 @@ def against_trl(settings: Settings, rounds: int) -> dict[str, object]:
         "our_seconds": {part: record.spread([answer[part] for answer in said["ours"]], 4) for part in PARTS},
         "peak_gib": {name: round(value, 3) for name, value in peak.items()},
         "peak_ratio": round(peak["ours"] / peak["trl"], 3),
+        **(gpu_shares(settings, said["ours"], statistics.median(rates)) if settings.device == "cuda" else {}),
+    }
+
+
+def gpu_shares(settings: Settings, said: list[dict[str, float]], rate: float) -> dict[str, object]:
+    """Say how near our update comes to the matmul rate, and our rollout to the memory's bandwidth."""
+    work, most = settings.work(), bandwidth()
+    weights = sum(p.numel() for p in work.model.parameters())
+    lengths, prompts = settings.response_lengths(work), sum(map(len, work.prompts))
+    config = work.model.config
+    heads = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+    key_values = int((lengths * (lengths + 1) // 2).sum()) + prompts * int(lengths.max())  # read, of tokens
+    read = 2 * weights * int(lengths.max()) + 2 * 2 * config.num_hidden_layers * heads * key_values
+    trained = 6 * weights * (int(lengths.sum()) + prompts)
+    return {
+        "terabytes_per_second": round(most / 1e12, 3),
+        "update_share_of_rate": record.spread([trained / a["update"] / rate for a in said], 4),
+        "rollout_share_of_bandwidth": record.spread([read / a["rollout"] / most for a in said], 4),
+        "rollout_tokens_per_second": record.spread([int(lengths.sum()) / a["rollout"] for a in said], 1),
     }
 
 
 def growth(settings: Settings, rounds: int) -> dict[str, object]:
     """Compare the time of a token at a quarter of the prompts and at all of them."""
     quarter = replace(settings, prompts=settings.prompts // 4)
-    said, _ = in_turns({"ours quarter": quarter, "ours whole": settings}, rounds)
+    said, _ = in_turns({"ours quarter": quarter, "ours whole": settings}, rounds, settings.device)
     tokens = [floor_operations(s)[1] for s in (quarter, settings)]
     each = [[a["seconds"] / n for a in answers] for n, answers in zip(tokens, said.values(), strict=True)]
     return {
@@ -129,28 +176,31 @@ def growth(settings: Settings, rounds: int) -> dict[str, object]:
 def main() -> None:
     """Measure one setting and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workload", choices=["W1", "W2"], default="W1")
+    parser.add_argument("--workload", choices=["W1", "W2", "W3"], default="W1")
     parser.add_argument("--lengths", choices=["full", "geometric"], default="full")
     parser.add_argument("--reference", action="store_true")
     parser.add_argument("--updates", type=int, default=1)
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, help="fewer prompts than the workload has")
     parser.add_argument("--tokens", type=int, help="fewer tokens than the workload samples")
     args = parser.parse_args()
-    most = {"W1": (32, 64), "W2": (4, 128)}[args.workload]
+    most = {"W1": (32, 64), "W2": (4, 128), "W3": (16, 512)}[args.workload]
     settings = Settings(
         workload=args.workload,
         lengths=args.lengths,
         reference=args.reference,
         updates=args.updates,
-        micro_batch=MICRO_BATCH["ours"][args.workload],
+        micro_batch=MICRO_BATCH[args.device]["ours"][args.workload],
         steps=args.rounds + 1,
         prompts=args.prompts or most[0],
         tokens=args.tokens or most[1],
+        device=args.device,
     )
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
     result = {
-        **record.about("step", ("torch", "transformers", "trl", "lightning"), torch.get_num_threads()),
+        **record.about("step", ("torch", "transformers", "trl", "lightning"), torch.get_num_threads(), gpu),
         **asdict(settings),
         **(growth if args.growth else against_trl)(settings, args.rounds),
     }
@@ -158,6 +208,7 @@ def main() -> None:
     parts = (
         args.workload,
         args.lengths,
+        "" if args.device == "cpu" else args.device,
         "growth" if args.growth else "",
         "reference" if args.reference else "",
         f"updates{args.updates}" if args.updates > 1 else "",

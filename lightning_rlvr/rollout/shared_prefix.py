@@ -4,29 +4,36 @@ The softmax over a prompt and a response is taken over both together; only the p
 apart: those of a prompt with the queries of all its rows at a time, those of responses row by row. Keys carry their
 position (rotary embeddings are applied before they are cached), so their order in memory is free: responses lie in a
 ring of as many columns as a response can have tokens, in which all rows write the same column at the same time.
+
+On a GPU both products and the softmax are one kernel, see decode_attention.py, and a step is a CUDA graph, see
+graphs.py. It has places for some more rows than there are, which see nothing.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+from lightning_rlvr.models.memory import out_of_memory
+from lightning_rlvr.rollout import decode_attention
+from lightning_rlvr.rollout.decode_attention import Seen
 from lightning_rlvr.rollout.decoder import Decoder, read_prompts
-from lightning_rlvr.rollout.few_rows import few_rows, from_memory
+from lightning_rlvr.rollout.graphs import Graphs, rows_for
+from lightning_rlvr.rollout.linear import Linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "lightning_rlvr_shared_prefix"
 LAYER = "shared_prefix_layer"  # attribute of the keys and values that a layer hands to its attention
+NEVER = 1 << 30  # the step in which a row begins that stands for none
 BEYOND_SOFTMAX = ("position_bias", "sliding_window", "softcap", "s_aux", "cache")
 
 
@@ -50,7 +57,9 @@ class SharedPrefixDecoder(Decoder):
     def __init__(self, model: PreTrainedModel, rows: int, limit: int) -> None:
         self.model, self.rows, self.limit = model, rows, limit
         self.layout = Layout(model.device)
-        self.from_memory = from_memory(model)
+        self.linears = Linears(model)
+        self.graphs = Graphs.of(model)
+        self.plain = False  # as far as is known
         self.layers: list[SharedPrefixLayer] = []
 
     @staticmethod
@@ -71,22 +80,52 @@ class SharedPrefixDecoder(Decoder):
         if not self.layers:
             self.layers = [SharedPrefixLayer(layout) for _ in cache.layers]
             self.cache = Cache(layers=list(self.layers))
-            layout.width = ids.shape[1]
-            layout.bias = logits.new_zeros(self.rows, layout.width + self.limit, dtype=self.model.dtype)
-            layout.position = mask.new_zeros(self.rows, 1, dtype=torch.long)
+            kernel = all(_fits_kernel(keys, values) for keys, values, *_ in cache)
+            layout.begin(ids.shape[1], self.rows, self.limit, self.model.dtype, kernel)
+            if not layout.kernel:
+                self.graphs = None
+            self.logits = logits.new_empty(self.rows if self.graphs else 0, logits.shape[1])
+        if layout.make_room(len(lengths)) and self.graphs:
+            self.graphs.clear()
         for layer, (keys, values, *_) in zip(self.layers, cache, strict=True):
-            layer.load(keys, values, self.rows, self.limit)
+            layer.load(keys, values)
         layout.append(mask, lengths, samples)
         return logits
 
     def step(self, token: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
         """Pass a token of each row through the model, with its attention replaced."""
+        self.layout.open_column()
+        logits = self._by_graph(token) if self.graphs and self.plain else self._pass(token)
+        self.layout.close_column()
+        return logits
+
+    def _by_graph(self, token: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
+        """Do a step by a graph, or without where it cannot be captured."""
+        assert self.graphs is not None
+        count, rows = len(token), rows_for(len(token), self.rows)
+        self.layout.token[:count] = token
+
+        def compute() -> None:
+            self.logits[:rows] = self._pass(self.layout.token[:rows])
+
+        try:
+            self.graphs.run(rows, compute)
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            name, reason = type(self.model).__name__, str(error).partition("\n")[0]
+            warnings.warn(f"{name} is sampled without CUDA graphs, which is slower: {reason}", stacklevel=2)
+            self.graphs = None
+            return self._pass(token)
+        return self.logits[:count]
+
+    def _pass(self, token: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
         layout, config = self.layout, self.model.config
-        layout.open_column(self.limit)
+        layout.attended = 0
         before = config._attn_implementation
         config._attn_implementation = NAME
         try:
-            with few_rows(len(token)) if self.from_memory else nullcontext():
+            with self.linears.of(len(token)):
                 output = self.model(
                     input_ids=token[:, None],
                     attention_mask=layout.mask,
@@ -99,7 +138,7 @@ class SharedPrefixDecoder(Decoder):
             config._attn_implementation = before
         if layout.attended != len(self.layers):
             raise NotPlainError(f"{layout.attended} of {len(self.layers)} layers asked for attention")
-        layout.close_column()
+        self.plain = True
         return output.logits[:, -1]
 
     def keep(self, alive: Sequence[bool]) -> list[int]:
@@ -128,22 +167,31 @@ class Filling:
         self.order = list(range(count))
         for hole, mover in zip(self.holes, self.movers, strict=True):
             self.order[hole] = mover
+        self._at: tuple[Tensor, Tensor] | None = None  # both, on the device
 
     def apply(self, values: Tensor, dim: int = 0) -> None:
         """Move what is at the movers' places to the holes, in place."""
-        if self.holes:
-            holes, movers = (torch.tensor(x, device=values.device) for x in (self.holes, self.movers))
-            values.index_copy_(dim, holes, values.index_select(dim, movers))
+        if not self.holes:
+            return
+        if self._at is None:
+            self._at = torch.tensor(self.holes, device=values.device), torch.tensor(self.movers, device=values.device)
+        holes, movers = self._at
+        values.index_copy_(dim, holes, values.index_select(dim, movers))
 
 
 class Layout:
     """Which rows there are and what they see: the same for all layers.
 
     `bias` is added to the scores: of a row over `width` places for its prompt (left-padded), then the ring's columns.
+    With a `kernel`, `seen` says the same.
     """
 
+    kernel: bool
     bias: Float[Tensor, "S C"]
+    seen: Seen
+    column_at: Int[Tensor, " 1"]  # of `column`, for the kernel
     position: Int[Tensor, "S 1"]  # of each row's next token
+    token: Int[Tensor, " S"]  # of each row, for graphs
 
     def __init__(self, device: torch.device) -> None:
         self.mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)  # stands for all this in the model's call
@@ -151,8 +199,25 @@ class Layout:
         self.group: list[int] = []  # of each row
         self.length: list[int] = []  # of each group's prompt
         self.start: list[int] = []  # steps done when each group came
-        self.width = self.steps = self.column = self.filled = self.attended = 0
-        self._arrange()
+        self.width = self.limit = self.steps = self.column = self.filled = self.attended = self.room = 0
+
+    def begin(self, width: int, rows: int, limit: int, dtype: torch.dtype, kernel: bool) -> None:
+        """Have places for rows of at most `limit` tokens to prompts of at most `width`."""
+        self.width, self.limit, self.kernel = width, limit, kernel
+        self.position = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
+        if kernel:
+            self.token, group, prompt, start = torch.zeros(4, rows, dtype=torch.long, device=self.device)
+            self.column_at, step = torch.zeros(2, 1, dtype=torch.long, device=self.device)
+            self.seen = Seen(group, prompt, start, step)
+        else:
+            self.bias = torch.zeros(rows, width + limit, dtype=dtype, device=self.device)
+
+    def make_room(self, groups: int) -> bool:
+        """Have places for so many groups more; say whether there were too few."""
+        needed, had = len(self.length) + groups, self.room
+        if needed > had:
+            self.room = max(needed, 3 * had // 2)
+        return needed > had
 
     def append(self, mask: Bool[Tensor, "B P"], lengths: list[int], samples: int) -> None:
         """Add the rows of groups; the first ones start the ring anew."""
@@ -160,8 +225,9 @@ class Layout:
             self.steps = self.filled = 0
         rows = slice(len(self.group), len(self.group) + len(lengths) * samples)
         seen = mask.repeat_interleave(samples, dim=0)
-        self.bias[rows] = -torch.inf
-        self.bias[rows, self.width - mask.shape[1] : self.width].masked_fill_(seen, 0.0)
+        if not self.kernel:
+            self.bias[rows] = -torch.inf
+            self.bias[rows, self.width - mask.shape[1] : self.width].masked_fill_(seen, 0.0)
         self.position[rows] = seen.sum(dim=1, keepdim=True)
         first = len(self.length)
         self.group += [first + i for i in range(len(lengths)) for _ in range(samples)]
@@ -171,7 +237,8 @@ class Layout:
 
     def fill(self, rows: Filling, groups: Filling, group: list[int]) -> None:
         """Fill the places of what has ended; `group` holds the old group of each kept row."""
-        rows.apply(self.bias)
+        if not self.kernel:
+            rows.apply(self.bias)
         rows.apply(self.position)
         place = {old: new for new, old in enumerate(groups.order)}
         self.group = [place[g] for g in group]
@@ -179,10 +246,14 @@ class Layout:
         self.start = [self.start[g] for g in groups.order]
         self._arrange()
 
-    def open_column(self, limit: int) -> None:
+    def open_column(self) -> None:
         """Choose the column in which all rows write, whose last writers have ended by now, and let them see it."""
-        self.column, self.filled, self.attended = self.steps % limit, min(self.steps + 1, limit), 0
-        self.bias[: len(self.group), self.width + self.column] = 0
+        self.column, self.filled = self.steps % self.limit, min(self.steps + 1, self.limit)
+        if self.kernel:
+            self.column_at.fill_(self.column)
+            self.seen.step.fill_(self.steps)
+        else:
+            self.bias[: len(self.group), self.width + self.column] = 0
 
     def close_column(self) -> None:
         """Count the step."""
@@ -191,6 +262,9 @@ class Layout:
 
     def _arrange(self) -> None:
         """Say how rows are packed for the product with their prompts: [B, G], with any row where a group has fewer."""
+        if self.kernel:
+            self._show()
+            return
         members: list[list[int]] = [[] for _ in self.length]
         for row, g in enumerate(self.group):
             members[g].append(row)
@@ -202,6 +276,15 @@ class Layout:
         self.unpack = None if regular else torch.tensor([place[r] for r in range(len(place))], device=self.device)
         self.longest = max(self.length, default=0)
         self.masked = min(self.length, default=0) < self.longest or max(self.start, default=0) > 0
+
+    def _show(self) -> None:
+        """Say in `seen` what each row sees; what lies behind the rows sees nothing."""
+        rest = len(self.position) - len(self.group)
+        group = self.group + [0] * rest
+        prompt = [self.width - self.length[g] for g in self.group] + [self.width] * rest
+        start = [self.start[g] for g in self.group] + [NEVER] * rest
+        for at, values in zip(self.seen, (group, prompt, start), strict=False):  # the step is written elsewhere
+            at.copy_(torch.tensor(values))
 
 
 class SharedPrefixLayer(DynamicLayer):
@@ -216,20 +299,26 @@ class SharedPrefixLayer(DynamicLayer):
         super().__init__()
         self.layout = layout
 
-    def load(self, keys: Tensor, values: Tensor, rows: int, limit: int) -> None:
+    def load(self, keys: Tensor, values: Tensor) -> None:
         """Take over the keys and values [B, K, P, D] of new prompts, whose rows will be appended."""
         at = self.layout
-        first, left = len(at.length), at.width - keys.shape[2]
+        keys, values = _as_multiplied(keys), _as_multiplied(values)
         if not self.is_initialized:
-            self.own_keys, self.own_values = (x.new_empty(limit, rows, x.shape[1], x.shape[3]) for x in (keys, values))
+            sizes = (at.limit, len(at.position), keys.shape[1])
+            self.own_keys, self.own_values = (x.new_empty(*sizes, x.shape[3]) for x in (keys, values))
             self.prompt_keys, self.prompt_values, self.is_initialized = keys, values, True
             return
-        self.prompt_keys, self.prompt_values = (
-            torch.cat([old[:first], pad(new, (0, 0, left, 0))])
-            for old, new in ((self.prompt_keys, keys), (self.prompt_values, values))
-        )
-        for own in (self.own_keys, self.own_values):
-            own[: at.filled, len(at.group) :] = 0  # masked, but what was never written may be nan
+        new = slice(len(at.length), len(at.length) + len(keys))
+        self.prompt_keys, self.prompt_values = (self._roomy(x) for x in (self.prompt_keys, self.prompt_values))
+        for prompts, come in ((self.prompt_keys, keys), (self.prompt_values, values)):
+            prompts[new, :, at.width - come.shape[2] :] = come
+        if not at.kernel:
+            for own in (self.own_keys, self.own_values):
+                own[: at.filled, len(at.group) :] = 0  # masked, but what was never written may be nan
+
+    def _roomy(self, prompts: Float[Tensor, "B K P D"]) -> Float[Tensor, "C K P D"]:
+        missing = self.layout.room - len(prompts)
+        return torch.cat([prompts, prompts.new_zeros(missing, *prompts.shape[1:])]) if missing else prompts
 
     def fill(self, rows: Filling, groups: Filling) -> None:
         """Fill the places of what has ended."""
@@ -244,8 +333,12 @@ class SharedPrefixLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the new keys and values [R, K, 1, D], and mark them so that attention finds this layer."""
+        at, rows = self.layout, len(key_states)
         for states, own in ((key_states, self.own_keys), (value_states, self.own_values)):
-            own[self.layout.column, : len(states)] = states[:, :, 0]
+            if at.kernel:
+                own[:, :rows].index_copy_(0, at.column_at, states[None, :, :, 0].to(own.dtype))
+            else:
+                own[at.column, :rows] = states[:, :, 0]
             setattr(states, LAYER, self)
         return key_states, value_states
 
@@ -253,6 +346,8 @@ class SharedPrefixLayer(DynamicLayer):
         """Return softmax(query @ keys) @ values over each row's prompt and response."""
         at = self.layout
         at.attended += 1
+        if at.kernel:
+            return decode_attention.attend(query, self, at.seen, scaling)
         R, H = query.shape[:2]
         K = self.own_keys.shape[2]
         B, P, T = len(at.length), at.longest, at.filled
@@ -285,6 +380,20 @@ class SharedPrefixLayer(DynamicLayer):
         values = values.view(len(at.length), K, at.widest, heads // K, -1)
         values = values.transpose(1, 2).reshape(len(at.length) * at.widest, heads, -1)
         return values if at.unpack is None else values.index_select(0, at.unpack)
+
+
+def _fits_kernel(keys: Tensor, values: Tensor) -> bool:
+    """Say whether there is a kernel for a layer with those keys and values."""
+    dtype = _as_multiplied(keys).dtype
+    alike = dtype == _as_multiplied(values).dtype and keys.shape == values.shape and keys.stride() == values.stride()
+    return alike and keys.stride(-1) == 1 and decode_attention.available(dtype, keys.device)
+
+
+def _as_multiplied(states: Tensor) -> Tensor:
+    """Round under autocast what its products would round at every step."""
+    kind = states.device.type
+    rounds = torch.is_autocast_enabled(kind) and states.dtype == torch.float32
+    return states.to(torch.get_autocast_dtype(kind)) if rounds else states
 
 
 def _attend(

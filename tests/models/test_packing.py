@@ -114,7 +114,7 @@ def objective(values, weight):
     [(torch.float64, 1e-10, False), (torch.float32, 1e-5, False), (torch.float64, 1e-10, True)],
 )
 def test_values_and_gradients_equal_those_of_the_plain_way(model, dtype, bound, recompute, monkeypatch):
-    monkeypatch.setattr(packing, "PASS_TOKENS", 3)  # several passes
+    monkeypatch.setattr(packing, "CPU_PADDING", 3)  # several passes
     model = exact(model.to(dtype))
     if recompute:
         finish_model(model).gradient_checkpointing_enable({"use_reentrant": False})
@@ -153,7 +153,7 @@ def test_a_prompt_is_computed_once_for_its_responses_and_no_token_without_need()
     hook.remove()
     prompts, inputs = 4 * 7, int((rollouts.mask.sum(1) - 1).clamp(min=0).sum())
     assert seen[0] == prompts
-    assert inputs <= sum(seen[1:]) <= inputs + packing.PASS_TOKENS
+    assert inputs <= sum(seen[1:]) <= inputs + packing.CPU_PADDING
 
 
 def test_attention_takes_keys_without_copies_for_each_query_head(monkeypatch):
@@ -285,6 +285,6 @@ def test_rows_of_different_prompts_fill_a_part_to_its_size():
     [([9, 9, 9], [3]), ([100, 90, 40, 40, 39], [2, 3]), ([300, 1], [1, 1]), ([5], [1]), ([0, 0], [2])],
 )
 def test_passes_hold_rows_of_like_length(lengths, cut):
-    parts = list(passes(lengths))
+    parts = list(passes(lengths, packing.CPU_PADDING))
     assert [part.stop - part.start for part in parts] == cut
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(len(lengths)))

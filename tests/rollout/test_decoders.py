@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_rlvr.rollout import TransformersEngine, decoder
+from lightning_rlvr.rollout import TransformersEngine, decode_attention, decoder
 from lightning_rlvr.rollout import shared_prefix as shared
 from lightning_rlvr.rollout.sampling import draw, uniforms
 from lightning_rlvr.types import Sampling
@@ -62,6 +62,47 @@ def build(name, kind="shared", dtype=torch.float64, attention="sdpa"):
 @pytest.fixture(scope="module")
 def llama():
     return build("llama")
+
+
+class Eager:
+    """Stands for CUDA graphs: the same sizes and tensors, with each step computed anew."""
+
+    def __init__(self):
+        self.rows, self.cleared = [], 0
+
+    def run(self, rows, compute):
+        self.rows.append(rows)
+        compute()
+
+    def clear(self):
+        self.cleared += 1
+
+
+def attended(query, layer, seen, scaling):
+    """What the kernel computes, row by row."""
+    out = torch.zeros_like(query)
+    keys_of = query.shape[1] // layer.own_keys.shape[2]
+    for row in range(len(query)):
+        group, first, start = (int(of[row]) for of in seen[:3])
+        columns = torch.arange(start, int(seen.step) + 1) % len(layer.own_keys) if start <= int(seen.step) else []
+        keys, values = (
+            torch.cat([prompt[group, :, first:], own[columns, row].transpose(0, 1)], dim=1)
+            for prompt, own in ((layer.prompt_keys, layer.own_keys), (layer.prompt_values, layer.own_values))
+        )
+        if keys.shape[1]:
+            keys, values = (x.repeat_interleave(keys_of, dim=0).to(query.dtype) for x in (keys, values))
+            out[row] = (query[row] * scaling @ keys.transpose(1, 2)).softmax(dim=-1) @ values
+    return out.transpose(1, 2)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The way of a GPU, with a loop for its kernel."""
+    eager = Eager()
+    monkeypatch.setattr(shared.Graphs, "of", lambda model: eager)
+    monkeypatch.setattr(decode_attention, "available", lambda dtype, device: True)
+    monkeypatch.setattr(decode_attention, "attend", attended)
+    return eager
 
 
 def generate(model, samples=3, sampling=SAMPLING, prompts=PROMPTS, seeds=SEEDS, ends=ENDS, **kwargs):
@@ -128,6 +169,34 @@ def test_equals_a_plain_loop(name, kind, max_rows, monkeypatch):
     calls.handle.remove()
     assert_equal_to_plain(got, plain(model))
     assert set(calls.decoders) == {shared.SharedPrefixDecoder if kind == "shared" else decoder.DynamicDecoder}
+
+
+@pytest.mark.parametrize("max_rows", [256, 7])
+@pytest.mark.parametrize("name", SHARED)
+def test_graphs_give_the_same(name, max_rows, graphs):
+    model = build(name)
+    assert_equal_to_plain(generate(model, max_rows=max_rows), plain(model))
+    assert set(graphs.rows) <= ({18, 16, 8, 4, 2, 1} if max_rows == 256 else {6, 4, 2, 1})
+    assert len(graphs.rows) > len(set(graphs.rows)) > 2
+
+
+def test_a_graph_has_room_for_what_joins(llama, graphs):
+    prompts, seeds = PROMPTS * 6, list(range(36))
+    got = generate(llama, 2, prompts=prompts, seeds=seeds, max_rows=12)
+    assert_equal_to_plain(got, plain(llama, 2, prompts=prompts, seeds=seeds))
+    assert len(graphs.rows) > 2 * SAMPLING.max_new_tokens, "the ring of columns went round"
+    assert graphs.cleared > 1, "more prompts than at first were at work"
+
+
+def test_a_step_that_cannot_be_a_graph_is_done_without(llama, graphs, monkeypatch):
+    def run(rows, compute):
+        compute()
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(graphs, "run", run)
+    with pytest.warns(UserWarning, match="LlamaForCausalLM is sampled without CUDA graphs.*capturing$"):
+        got = generate(llama)
+    assert_equal_to_plain(got, plain(llama))
 
 
 def test_attention_that_turns_out_not_to_be_plain_is_left_to_the_model(monkeypatch):
@@ -269,6 +338,35 @@ def test_what_is_returned_can_take_part_in_training(llama):
     assert not any(getattr(got, f.name).is_inference() for f in fields(got))
     loss = (response_logp(llama, got, 1.0).logp * got.entropy - got.logp).sum()
     assert torch.autograd.grad(loss, llama.lm_head.weight)[0].abs().sum() > 0
+
+
+def test_under_autocast_weights_are_rounded_once_and_the_result_is_the_same(monkeypatch):
+    from contextlib import nullcontext
+
+    from lightning_rlvr.rollout import linear
+
+    model = build("llama", dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        got = generate(model)
+        monkeypatch.setattr(linear.Linears, "of", lambda *args: nullcontext())
+        monkeypatch.setattr(shared, "_as_multiplied", lambda states: states)
+        expected = generate(model)
+    assert torch.equal(got.response_ids, expected.response_ids)
+    assert torch.equal(got.logp, expected.logp)
+    assert torch.equal(got.entropy, expected.entropy)
+
+
+def test_rounded_weights_are_those_of_the_rollout(llama):
+    model = build("llama", dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        generate(model)
+        with torch.no_grad():
+            model.lm_head.weight.neg_()
+        got = generate(model, sampling=Sampling(max_new_tokens=12, temperature=0.0))
+        fresh = build("llama", dtype=torch.float32)
+        with torch.no_grad():
+            fresh.lm_head.weight.neg_()
+        assert torch.equal(got.response_ids, generate(fresh, sampling=Sampling(12, 0.0)).response_ids)
 
 
 def test_sampling_under_autocast_leaves_no_cast_weights_without_gradient():

@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -97,12 +97,20 @@ class RunSummary(Callback):
             "peak_memory_bytes": self._peak_memory(),
             "optimizer_steps": trainer.global_step,
             "seed": module.seed,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         }
         root = Path(trainer.default_root_dir)
         with whole_file(root / "summary.json") as file:
             file.write((json.dumps(summary, indent=2) + "\n").encode())
         Console().print(summary_table(summary), f"outputs: {root.resolve()}", sep="\n")
+
+
+def _version(package: str) -> str | None:
+    """Return the version of a package, None of one that runs without being installed: the summary must not be lost."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def peak_memory() -> int:

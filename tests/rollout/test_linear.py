@@ -5,8 +5,8 @@ import torch
 from support import TinyPolicy
 from torch import nn
 
-from lightning_rlvr.rollout import few_rows as module
-from lightning_rlvr.rollout.few_rows import from_memory
+from lightning_rlvr.rollout import linear as module
+from lightning_rlvr.rollout.linear import from_memory
 from lightning_rlvr.rollout.transformers_engine import TransformersEngine
 from lightning_rlvr.types import Sampling
 

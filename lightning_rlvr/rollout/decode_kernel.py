@@ -1,0 +1,133 @@
+"""The Triton kernel of `decode_attention`, which says what it does. Imported only where Triton is there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_rlvr.rollout.decode_attention import Seen
+    from lightning_rlvr.rollout.shared_prefix import SharedPrefixLayer
+
+LEAST = 16  # rows and columns of a product
+# By bytes of a key's elements: keys read at a time, and how many such reads are under way.
+BLOCKS = {2: (64, 3), 4: (32, 2)}
+
+
+@triton.jit
+def _more(query, key_at, value_at, seen, columns, scaling, top, total, sums):
+    """Go on with the softmax over a block of keys: `top` is the greatest score so far, the rest relative to it."""
+    mask = seen[:, None] & columns[None, :]
+    keys = tl.load(key_at, mask=mask, other=0.0)
+    values = tl.load(value_at, mask=mask, other=0.0)
+    scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scaling
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, axis=1))
+    weights = tl.exp(scores - higher[:, None])
+    shrink = tl.exp(top - higher)
+    sums = sums * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+    return higher, total * shrink + tl.sum(weights, axis=1), sums
+
+
+@triton.jit
+def _attend(
+    query,
+    prompt_keys,
+    prompt_values,
+    own_keys,
+    own_values,
+    group,
+    prompt,
+    start,
+    step,
+    out,
+    mass,
+    scaling,
+    width,
+    limit,
+    of_group,
+    of_prompt_head,
+    of_place,
+    of_column,
+    of_row,
+    of_own_head,
+    SHARED: tl.constexpr,  # query heads of a head of keys
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    M: tl.constexpr,  # SHARED and D, as products take them
+    WIDE: tl.constexpr,
+):
+    row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    m, d, n = tl.arange(0, M), tl.arange(0, WIDE), tl.arange(0, BLOCK)
+    columns = d < D
+    heads = (row * tl.num_programs(1) + head) * SHARED + m  # of query and out
+    q = tl.load(query + heads[:, None] * D + d[None, :], mask=(m < SHARED)[:, None] & columns[None, :], other=0.0)
+    top = tl.full([M], -1e30, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    sums = tl.zeros([M, WIDE], tl.float32)
+
+    first = tl.load(prompt + row).to(tl.int32)
+    base = tl.load(group + row) * of_group + head * of_prompt_head
+    for at in range(first + part * BLOCK, width, PARTS * BLOCK):
+        place = at + n
+        where = base + place.to(tl.int64)[:, None] * of_place + d[None, :]
+        top, total, sums = _more(
+            q, prompt_keys + where, prompt_values + where, place < width, columns, scaling, top, total, sums
+        )
+
+    begin = tl.load(start + row)
+    count = (tl.load(step) + 1 - begin).to(tl.int32)
+    base = row.to(tl.int64) * of_row + head * of_own_head
+    for at in range(part * BLOCK, count, PARTS * BLOCK):
+        column = (begin + at + n) % limit
+        where = base + column[:, None] * of_column + d[None, :]
+        top, total, sums = _more(
+            q, own_keys + where, own_values + where, at + n < count, columns, scaling, top, total, sums
+        )
+
+    sums = sums / tl.maximum(total, 1e-30)[:, None]
+    at = heads * PARTS + part
+    tl.store(out + at[:, None] * D + d[None, :], sums, mask=(m < SHARED)[:, None] & columns[None, :])
+    tl.store(mass + at, top + tl.log(tl.maximum(total, 1e-30)), mask=m < SHARED)
+
+
+def launch(
+    query: Tensor,
+    layer: SharedPrefixLayer,
+    seen: Seen,
+    out: Tensor,
+    mass: Tensor,
+    scaling: float,
+    width: int,
+    limit: int,
+) -> None:
+    """Fill `out` [R, H, parts, D] with what each part found, and `mass` [R, H, parts] with the log of its weight."""
+    (R, H, D), K = query.shape, layer.own_keys.shape[2]
+    block, stages = BLOCKS[query.element_size()]
+    _attend[(R, K, out.shape[2])](
+        query,
+        layer.prompt_keys,
+        layer.prompt_values,
+        layer.own_keys,
+        layer.own_values,
+        *seen,
+        out,
+        mass,
+        scaling,
+        width,
+        limit,
+        *layer.prompt_keys.stride()[:3],
+        *layer.own_keys.stride()[:3],
+        SHARED=H // K,
+        D=D,
+        PARTS=out.shape[2],
+        BLOCK=block,
+        M=max(LEAST, triton.next_power_of_2(H // K)),
+        WIDE=max(LEAST, triton.next_power_of_2(D)),
+        num_warps=4,
+        num_stages=stages,
+    )
