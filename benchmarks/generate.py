@@ -1,13 +1,14 @@
 """Rollouts against `generate` of transformers, in useful tokens/s: on the same weights, prompts and response lengths.
 
     python -m benchmarks.generate [--workloads W1 W2] [--rounds 5]
+    python -m benchmarks.generate --workloads W3 --device cuda    # W2 or W3, bfloat16
 
 Lengths are given: all at the limit, or geometric. Ours is the training engine, log-probabilities and entropies
 recorded; only its question whether a response has ended is answered by the lengths. `generate` runs at its best
 setting: all rows in one batch, sdpa, dynamic cache, nothing returned but tokens, temperature 1 without any truncation
 of the distribution; it stops when the longest response has its length. Both sides run in turns in one process; a token
 is useful if it lies within its response's length. Prints medians and spread over the rounds, and writes
-benchmarks/results/generate.json.
+benchmarks/results/generate.json, or generate_cuda.json.
 """
 
 from __future__ import annotations
@@ -41,16 +42,24 @@ def ours(work: Workload, lengths: Tensor, seed: int) -> float:
     seeds = [seed * len(work.prompts) + i for i in range(len(work.prompts))]
     start = time.perf_counter()
     rollouts = engine.generate(work.prompts, seeds, work.group_size, Sampling(work.max_new_tokens))
+    wait(work)
     seconds = time.perf_counter() - start
-    assert torch.equal(rollouts.mask.sum(dim=1), lengths)
+    assert torch.equal(rollouts.mask.sum(dim=1).cpu(), lengths)
     return seconds
+
+
+def wait(work: Workload) -> None:
+    """Wait for what a GPU has still to do."""
+    if work.model.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def transformers(work: Workload, lengths: Tensor, seed: int) -> float:
     """Sample all responses with `generate`; return seconds."""
     from transformers import GenerationConfig, StoppingCriteriaList
 
-    ids, mask = (x.repeat_interleave(work.group_size, dim=0) for x in left_pad(work.prompts, work.pad_id))
+    padded = left_pad(work.prompts, work.pad_id)
+    ids, mask = (x.repeat_interleave(work.group_size, dim=0).to(work.model.device) for x in padded)
     width = ids.shape[1]
     config = GenerationConfig(
         do_sample=True,
@@ -64,7 +73,7 @@ def transformers(work: Workload, lengths: Tensor, seed: int) -> float:
     )
 
     def ended(input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        return input_ids.shape[1] - width >= lengths
+        return input_ids.shape[1] - width >= lengths.to(input_ids.device)
 
     torch.manual_seed(seed)
     start = time.perf_counter()
@@ -75,6 +84,7 @@ def transformers(work: Workload, lengths: Tensor, seed: int) -> float:
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([ended]),
         )
+    wait(work)
     seconds = time.perf_counter() - start
     assert out.shape[1] == width + int(lengths.max())
     return seconds
@@ -98,14 +108,19 @@ def compare(work: Workload, lengths: Tensor, rounds: int) -> dict[str, object]:
 def main() -> None:
     """Measure the workloads and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workloads", nargs="+", choices=["W1", "W2"], default=["W1", "W2"])
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=["W1", "W2"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    result = record.read("generate")
+    kept = "generate" if args.device == "cpu" else "generate_cuda"
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
+    result = record.read(kept)
     for name in args.workloads:
         work = WORKLOADS[name]()
+        if gpu:
+            work.model.to(args.device, torch.bfloat16)
         result[name] = {
-            **record.about("generate", ("torch", "transformers"), torch.get_num_threads()),
+            **record.about("generate", ("torch", "transformers"), torch.get_num_threads(), gpu),
             "dtype": str(work.model.dtype).removeprefix("torch."),
             "rounds": args.rounds,
         }
@@ -116,7 +131,7 @@ def main() -> None:
                 for key in ("ours", "generate", "ratio")
             )
             print(f"{name} {kind:9} {shown}", flush=True)
-    record.keep("generate", result)
+    record.keep(kept, result)
 
 
 if __name__ == "__main__":

@@ -51,15 +51,15 @@ def attend(query: Float[Tensor, "R H 1 D"], layer: SharedPrefixLayer, seen: Seen
 
     Keys and values must be of one width, and contiguous in it.
     """
-    from lightning_rlvr.rollout import decode_kernel
+    from lightning_rlvr import kernels
 
-    R, H, _, D = query.shape
-    limit, _, K, _ = layer.own_keys.shape
-    query = query.reshape(R, H, D).to(layer.own_keys.dtype)
+    (R, H, _, D), K = query.shape, layer.own_keys.shape[2]
+    query = query.reshape(R, H, D).to(layer.own_keys.dtype).contiguous()
     parts = max(1, min(MOST_PARTS, PROGRAMS // (R * K)))
     out = query.new_empty(R, H, parts, D, dtype=torch.float32 if parts > 1 else query.dtype)
     mass = query.new_empty(R, H, parts, dtype=torch.float32)
-    decode_kernel.launch(query, layer, seen, out, mass, scaling, layer.prompt_keys.shape[2], limit)
+    prompts, own = (layer.prompt_keys, layer.prompt_values), (layer.own_keys, layer.own_values)
+    kernels.decode_attention(query, prompts, own, seen, out, mass, scaling)
     if parts > 1:
         out = (mass.softmax(dim=-1).unsqueeze(-1) * out).sum(dim=2).to(query.dtype)
     return out.view(R, 1, H, D)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,7 +58,9 @@ class TransformersEngine(Engine):
 
         def decode(rows: int) -> _Batch:
             batch = _Batch(prompt_ids, prompt_mask, samples, random, sampling)
-            with torch.inference_mode():
+            # Kernels and graphs are launched on the current GPU, which need not be the model's.
+            here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+            with torch.inference_mode(), here:
                 self._decode(batch, rows)
             return batch
 

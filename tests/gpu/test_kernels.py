@@ -2,7 +2,6 @@
 
 import warnings
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from lightning_rlvr.models.forward import response_logp
 from lightning_rlvr.ops.linear_logprob import linear_logprob, linear_logprob_loss
 from lightning_rlvr.rollout import TransformersEngine, decode_attention, graphs
 from lightning_rlvr.rollout.decode_attention import Seen
+from lightning_rlvr.rollout.shared_prefix import NEVER, Layout, SharedPrefixLayer
 from lightning_rlvr.types import Sampling
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -73,15 +73,12 @@ def test_the_kernel_attends_to_what_a_row_sees(heads, of_keys, width, dtype, row
     def below(most):
         return torch.randint(most, (rows + 2,), generator=generator, device="cuda")
 
-    layer = SimpleNamespace(
-        prompt_keys=normal(prompts, of_keys, places, width),
-        prompt_values=normal(prompts, of_keys, places, width),
-        own_keys=normal(limit, rows + 2, of_keys, width),
-        own_values=normal(limit, rows + 2, of_keys, width),
-    )
+    layer = SharedPrefixLayer(Layout(torch.device("cuda")))
+    layer.prompt_keys, layer.prompt_values = (normal(prompts, of_keys, places, width) for _ in range(2))
+    layer.own_keys, layer.own_values = (normal(limit, rows + 2, of_keys, width) for _ in range(2))
     query, step = normal(rows, heads, 1, width), 420
     seen = Seen(below(prompts), below(places), step - below(limit), torch.tensor([step], device="cuda"))
-    seen.prompt[rows - 1], seen.start[rows - 1] = places, 1 << 30
+    seen.prompt[rows - 1], seen.start[rows - 1] = places, NEVER
     got = decode_attention.attend(query, layer, seen, 0.1)
     assert not got[rows - 1].any()
     for row in range(rows - 1):

@@ -14,11 +14,21 @@ from lightning_rlvr.curriculum import Curriculum
 from lightning_rlvr.models import LoRA
 from lightning_rlvr.objectives import SENT
 from lightning_rlvr.ops.linear_logprob import linear_logprob_loss
-from lightning_rlvr.preflight.memory import Vocabulary
+from lightning_rlvr.preflight.memory import Vocabulary, Work, estimate
 from lightning_rlvr.preflight.placement import Placement, placement
 from lightning_rlvr.preflight.trace import LiveBytes
+from lightning_rlvr.rollout.shared_prefix import SharedPrefixDecoder
 from lightning_rlvr.training import RLVRDataModule, RLVRModule
 from lightning_rlvr.types import Sampling, UserError
+
+NO_EVALUATION = {
+    "eval_prompts": 0,
+    "eval_samples": 0,
+    "eval_tokens": 0,
+    "with_entropy": False,
+    "recompute": False,
+    "temperature": 1.0,
+}
 
 
 class SmallPolicy(TinyPolicy):
@@ -97,6 +107,26 @@ def test_the_head_takes_what_its_formula_says():
     peak, kept = Vocabulary(size, hidden, 4, Placement()).head(tokens, True, True, 1.0)
     assert peak == pytest.approx(live.peak, rel=0.15)
     assert kept == 4 * (size + tokens) * hidden
+
+
+def test_rollouts_under_autocast_hold_rounded_weights_and_keys():
+    source = SmallPolicy()
+    model, sampling = source.skeleton(), {"samples": 4, "prompt_tokens": 8, "response_tokens": 16}
+    work = Work(**sampling, **NO_EVALUATION, prompts=2, updates=1, micro_batch_size=8, rollout_rows=8)
+    wide, half = (
+        estimate(model, work, Placement(accelerator=True, autocast=dtype), torch.optim.AdamW, False).moments["rollout"]
+        for dtype in (None, torch.bfloat16)
+    )
+    linear = sum(part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear))
+    assert (wide["rounded weights"], half["rounded weights"]) == (0, 2 * linear)
+    assert half["keys and values"] * 2 == wide["keys and values"]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        decoder = SharedPrefixDecoder(source.load().model, 8, 16)
+        decoder.read(torch.full((2, 8), 5), torch.ones(2, 8, dtype=torch.bool), 4)
+        decoder.step(torch.full((8,), 5))
+    held = [x for of in decoder.layers for x in (of.prompt_keys, of.prompt_values, of.own_keys, of.own_values)]
+    assert sum(x.nbytes for x in held) == half["keys and values"]
+    assert sum(weight.nbytes for weight in decoder.linears._rounded.weights.values()) == half["rounded weights"]
 
 
 def test_a_strategy_shares_out_what_it_shards():

@@ -1,16 +1,15 @@
-"""The Triton kernel of `decode_attention`, which says what it does. Imported only where Triton is there."""
+"""Triton kernels. Imported only where they run: there may be no Triton elsewhere.
+
+The attention of a decoding step: see rollout/decode_attention.py for what it computes.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from lightning_rlvr.rollout.decode_attention import Seen
-    from lightning_rlvr.rollout.shared_prefix import SharedPrefixLayer
 
 LEAST = 16  # rows and columns of a product
 # By bytes of a key's elements: keys read at a time, and how many such reads are under way.
@@ -95,33 +94,40 @@ def _attend(
     tl.store(mass + at, top + tl.log(tl.maximum(total, 1e-30)), mask=m < SHARED)
 
 
-def launch(
+def decode_attention(
     query: Tensor,
-    layer: SharedPrefixLayer,
-    seen: Seen,
+    prompts: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    seen: Sequence[Tensor],
     out: Tensor,
     mass: Tensor,
     scaling: float,
-    width: int,
-    limit: int,
 ) -> None:
-    """Fill `out` [R, H, parts, D] with what each part found, and `mass` [R, H, parts] with the log of its weight."""
-    (R, H, D), K = query.shape, layer.own_keys.shape[2]
+    """Attend part by part: where there is more than one, they are to be put together by their weights.
+
+    Args:
+        query: [R, H, D], contiguous.
+        prompts: keys and values [B, K, P, D].
+        own: keys and values [T, S, K, D].
+        seen: the prompt of each row, its first place, the step in which its response began, and the step under way.
+        out: [R, H, parts, D], contiguous: filled with what each part of the keys comes to.
+        mass: [R, H, parts], contiguous: filled with the logarithm of each part's weight.
+        scaling: of the products.
+    """
+    (R, H, D), K = query.shape, own[0].shape[2]
     block, stages = BLOCKS[query.element_size()]
     _attend[(R, K, out.shape[2])](
         query,
-        layer.prompt_keys,
-        layer.prompt_values,
-        layer.own_keys,
-        layer.own_values,
+        *prompts,
+        *own,
         *seen,
         out,
         mass,
         scaling,
-        width,
-        limit,
-        *layer.prompt_keys.stride()[:3],
-        *layer.own_keys.stride()[:3],
+        prompts[0].shape[2],
+        len(own[0]),
+        *prompts[0].stride()[:3],
+        *own[0].stride()[:3],
         SHARED=H // K,
         D=D,
         PARTS=out.shape[2],

@@ -1,0 +1,74 @@
+"""The kernel of decoding steps, run by Triton's interpreter: what it computes, not that a GPU can run it."""
+
+import pytest
+import torch
+
+from lightning_rlvr.rollout import decode_attention
+from lightning_rlvr.rollout.decode_attention import Seen
+from lightning_rlvr.rollout.shared_prefix import NEVER, Layout, SharedPrefixLayer
+
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
+SCALING, STEP = 0.3, 70
+
+
+def problem(rows, heads, keys, width, prompts, places, limit):
+    """A layer, the queries of a step, and what rows see; the last row sees nothing, the rest any run of columns."""
+    generator = torch.Generator().manual_seed(rows)
+
+    def normal(*sizes):
+        return torch.randn(*sizes, generator=generator)
+
+    def below(most):
+        return torch.randint(most, (rows + 1,), generator=generator)
+
+    layer = SharedPrefixLayer(Layout(torch.device("cpu")))
+    layer.prompt_keys, layer.prompt_values = (normal(prompts, keys, places, width) for _ in range(2))
+    layer.own_keys, layer.own_values = (normal(limit, rows + 1, keys, width) for _ in range(2))
+    seen = Seen(below(prompts), below(places), STEP - below(min(limit, STEP)), torch.tensor([STEP]))
+    seen.prompt[rows - 1], seen.start[rows - 1] = places, NEVER
+    return normal(rows, heads, 1, width), layer, seen
+
+
+def of_row(row, query, layer, seen):
+    """Attention of one row, its keys and values laid side by side."""
+    columns = torch.arange(int(seen.start[row]), STEP + 1) % len(layer.own_keys)
+    keys, values = (
+        torch.cat([prompt[seen.group[row], :, seen.prompt[row] :], own[columns, row].transpose(0, 1)], dim=1)
+        for prompt, own in ((layer.prompt_keys, layer.own_keys), (layer.prompt_values, layer.own_values))
+    )
+    keys, values = (x.repeat_interleave(query.shape[1] // len(x), dim=0) for x in (keys, values))
+    return ((query[row] @ keys.transpose(1, 2) * SCALING).softmax(dim=-1) @ values)[:, 0]
+
+
+@pytest.mark.parametrize("programs", [1, 1000], ids=["alone", "shared"])
+@pytest.mark.parametrize(
+    "sizes",
+    [(5, 4, 2, 16, 3, 70, 40), (5, 12, 2, 24, 3, 10, 100), (3, 6, 6, 32, 2, 130, 9), (4, 8, 1, 64, 3, 33, 150)],
+    ids=str,
+)
+def test_a_row_attends_to_its_prompt_and_its_columns(sizes, programs, monkeypatch):
+    monkeypatch.setattr(decode_attention, "PROGRAMS", programs)
+    query, layer, seen = problem(*sizes)
+    got = decode_attention.attend(query, layer, seen, SCALING)
+    for row in range(len(query) - 1):
+        torch.testing.assert_close(got[row, 0], of_row(row, query, layer, seen), rtol=1e-5, atol=1e-5)
+    assert not got[-1].any()
+
+
+def test_what_no_row_sees_is_not_looked_at():
+    query, layer, seen = problem(5, 4, 2, 16, 3, 70, 40)
+    before = decode_attention.attend(query, layer, seen, SCALING)
+    for row in range(6):
+        columns = torch.arange(int(seen.start[row]), STEP + 1) % 40 if row < 4 else torch.tensor([], dtype=torch.long)
+        other = torch.ones(40, dtype=torch.bool).index_fill(0, columns, False)
+        layer.own_keys[other, row] = layer.own_values[other, row] = torch.nan
+    for group in range(3):
+        first = int(seen.prompt[:4][seen.group[:4] == group].min()) if (seen.group[:4] == group).any() else 70
+        layer.prompt_keys[group, :, :first] = layer.prompt_values[group, :, :first] = torch.nan
+    assert torch.equal(decode_attention.attend(query, layer, seen, SCALING), before)
+
+
+@pytest.mark.parametrize(("dtype", "there"), [("float32", True), ("bfloat16", True), ("float64", False)])
+def test_where_there_is_a_kernel(dtype, there):
+    assert decode_attention.available(getattr(torch, dtype), torch.device("cuda")) is there
+    assert not decode_attention.available(getattr(torch, dtype), torch.device("cpu"))
