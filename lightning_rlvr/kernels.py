@@ -50,9 +50,9 @@ def _attend(
     of_group,
     of_prompt_head,
     of_place,
-    of_column,
     of_row,
     of_own_head,
+    of_column,
     SHARED: tl.constexpr,  # query heads of a head of keys
     D: tl.constexpr,
     PARTS: tl.constexpr,
@@ -108,13 +108,13 @@ def decode_attention(
     Args:
         query: [R, H, D], contiguous.
         prompts: keys and values [B, K, P, D].
-        own: keys and values [T, S, K, D].
+        own: keys and values [S, K, T, D].
         seen: the prompt of each row, its first place, the step in which its response began, and the step under way.
         out: [R, H, parts, D], contiguous: filled with what each part of the keys comes to.
         mass: [R, H, parts], contiguous: filled with the logarithm of each part's weight.
         scaling: of the products.
     """
-    (R, H, D), K = query.shape, own[0].shape[2]
+    (R, H, D), K = query.shape, own[0].shape[1]
     block, stages = BLOCKS[query.element_size()]
     _attend[(R, K, out.shape[2])](
         query,
@@ -125,7 +125,7 @@ def decode_attention(
         mass,
         scaling,
         prompts[0].shape[2],
-        len(own[0]),
+        own[0].shape[2],
         *prompts[0].stride()[:3],
         *own[0].stride()[:3],
         SHARED=H // K,

@@ -53,7 +53,7 @@ def attend(query: Float[Tensor, "R H 1 D"], layer: SharedPrefixLayer, seen: Seen
     """
     from lightning_rlvr import kernels
 
-    (R, H, _, D), K = query.shape, layer.own_keys.shape[2]
+    (R, H, _, D), K = query.shape, layer.own_keys.shape[1]
     query = query.reshape(R, H, D).to(layer.own_keys.dtype).contiguous()
     parts = max(1, min(MOST_PARTS, PROGRAMS // (R * K)))
     out = query.new_empty(R, H, parts, D, dtype=torch.float32 if parts > 1 else query.dtype)

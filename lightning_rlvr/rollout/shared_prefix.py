@@ -2,8 +2,8 @@
 
 The softmax over a prompt and a response is taken over both together; only the products with keys and values are made
 apart: those of a prompt with the queries of all its rows at a time, those of responses row by row. Keys carry their
-position (rotary embeddings are applied before they are cached), so their order in memory is free: responses lie in a
-ring of as many columns as a response can have tokens, in which all rows write the same column at the same time.
+position (rotary embeddings are applied before they are cached), so their order in memory is free: each response lies in
+a ring of as many columns as a response can have tokens, in which all rows write the same column at the same time.
 
 On a GPU both products and the softmax are one kernel, see decode_attention.py, and a step is a CUDA graph, see
 graphs.py. It has places for some more rows than there are, which see nothing.
@@ -169,14 +169,14 @@ class Filling:
             self.order[hole] = mover
         self._at: tuple[Tensor, Tensor] | None = None  # both, on the device
 
-    def apply(self, values: Tensor, dim: int = 0) -> None:
+    def apply(self, values: Tensor) -> None:
         """Move what is at the movers' places to the holes, in place."""
         if not self.holes:
             return
         if self._at is None:
             self._at = torch.tensor(self.holes, device=values.device), torch.tensor(self.movers, device=values.device)
         holes, movers = self._at
-        values.index_copy_(dim, holes, values.index_select(dim, movers))
+        values.index_copy_(0, holes, values.index_select(0, movers))
 
 
 class Layout:
@@ -288,7 +288,7 @@ class Layout:
 
 
 class SharedPrefixLayer(DynamicLayer):
-    """A layer's keys and values: of prompts [B, K, P, D], left-padded; of responses [T, S, K, D]."""
+    """A layer's keys and values: of prompts [B, K, P, D], left-padded; of responses [S, K, T, D]."""
 
     prompt_keys: Tensor
     prompt_values: Tensor
@@ -304,7 +304,7 @@ class SharedPrefixLayer(DynamicLayer):
         at = self.layout
         keys, values = _as_multiplied(keys), _as_multiplied(values)
         if not self.is_initialized:
-            sizes = (at.limit, len(at.position), keys.shape[1])
+            sizes = (len(at.position), keys.shape[1], at.limit)
             self.own_keys, self.own_values = (x.new_empty(*sizes, x.shape[3]) for x in (keys, values))
             self.prompt_keys, self.prompt_values, self.is_initialized = keys, values, True
             return
@@ -314,7 +314,7 @@ class SharedPrefixLayer(DynamicLayer):
             prompts[new, :, at.width - come.shape[2] :] = come
         if not at.kernel:
             for own in (self.own_keys, self.own_values):
-                own[: at.filled, len(at.group) :] = 0  # masked, but what was never written may be nan
+                own[len(at.group) :, :, : at.filled] = 0  # masked, but what was never written may be nan
 
     def _roomy(self, prompts: Float[Tensor, "B K P D"]) -> Float[Tensor, "C K P D"]:
         missing = self.layout.room - len(prompts)
@@ -323,7 +323,7 @@ class SharedPrefixLayer(DynamicLayer):
     def fill(self, rows: Filling, groups: Filling) -> None:
         """Fill the places of what has ended."""
         for own in (self.own_keys, self.own_values):
-            rows.apply(own[: self.layout.filled], dim=1)
+            rows.apply(own[:, :, : self.layout.filled])
         for prompts in (self.prompt_keys, self.prompt_values):
             groups.apply(prompts)
 
@@ -336,9 +336,9 @@ class SharedPrefixLayer(DynamicLayer):
         at, rows = self.layout, len(key_states)
         for states, own in ((key_states, self.own_keys), (value_states, self.own_values)):
             if at.kernel:
-                own[:, :rows].index_copy_(0, at.column_at, states[None, :, :, 0].to(own.dtype))
+                own[:rows].index_copy_(2, at.column_at, states.to(own.dtype))
             else:
-                own[at.column, :rows] = states[:, :, 0]
+                own[:rows, :, at.column] = states[:, :, 0]
             setattr(states, LAYER, self)
         return key_states, value_states
 
@@ -349,11 +349,11 @@ class SharedPrefixLayer(DynamicLayer):
         if at.kernel:
             return decode_attention.attend(query, self, at.seen, scaling)
         R, H = query.shape[:2]
-        K = self.own_keys.shape[2]
+        K = self.own_keys.shape[1]
         B, P, T = len(at.length), at.longest, at.filled
         left = at.width - P
         prompt_keys, prompt_values = (x[:B, :, left:].flatten(0, 1) for x in (self.prompt_keys, self.prompt_values))
-        own_keys, own_values = (x[:T, :R].flatten(1, 2).transpose(0, 1) for x in (self.own_keys, self.own_values))
+        own_keys, own_values = (x[:R, :, :T].flatten(0, 1) for x in (self.own_keys, self.own_values))
 
         query = query.reshape(R, H, -1) * scaling
         shared = self._unpacked(torch.bmm(self._packed(query), prompt_keys.transpose(1, 2)), H)
@@ -369,14 +369,14 @@ class SharedPrefixLayer(DynamicLayer):
 
     def _packed(self, values: Float[Tensor, "R H D"]) -> Float[Tensor, "M N D"]:
         """Lay the rows of a prompt side by side: [B * K, G * H / K, D]."""
-        at, K = self.layout, self.own_keys.shape[2]
+        at, K = self.layout, self.own_keys.shape[1]
         values = values if at.pack is None else values.index_select(0, at.pack)
         values = values.reshape(len(at.length), at.widest, K, -1, values.shape[-1])
         return values.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
     def _unpacked(self, values: Float[Tensor, "M N D"], heads: int) -> Float[Tensor, "R H D"]:
         """Undo `_packed`."""
-        at, K = self.layout, self.own_keys.shape[2]
+        at, K = self.layout, self.own_keys.shape[1]
         values = values.view(len(at.length), K, at.widest, heads // K, -1)
         values = values.transpose(1, 2).reshape(len(at.length) * at.widest, heads, -1)
         return values if at.unpack is None else values.index_select(0, at.unpack)

@@ -75,7 +75,7 @@ def test_the_kernel_attends_to_what_a_row_sees(heads, of_keys, width, dtype, row
 
     layer = SharedPrefixLayer(Layout(torch.device("cuda")))
     layer.prompt_keys, layer.prompt_values = (normal(prompts, of_keys, places, width) for _ in range(2))
-    layer.own_keys, layer.own_values = (normal(limit, rows + 2, of_keys, width) for _ in range(2))
+    layer.own_keys, layer.own_values = (normal(rows + 2, of_keys, limit, width) for _ in range(2))
     query, step = normal(rows, heads, 1, width), 420
     seen = Seen(below(prompts), below(places), step - below(limit), torch.tensor([step], device="cuda"))
     seen.prompt[rows - 1], seen.start[rows - 1] = places, NEVER
@@ -84,7 +84,7 @@ def test_the_kernel_attends_to_what_a_row_sees(heads, of_keys, width, dtype, row
     for row in range(rows - 1):
         columns = torch.arange(int(seen.start[row]), step + 1, device="cuda") % limit
         keys, values = (
-            torch.cat([prompt[seen.group[row], :, seen.prompt[row] :], own[columns, row].transpose(0, 1)], dim=1)
+            torch.cat([prompt[seen.group[row], :, seen.prompt[row] :], own[row][:, columns]], dim=1)
             .repeat_interleave(heads // of_keys, dim=0)
             .double()
             for prompt, own in ((layer.prompt_keys, layer.own_keys), (layer.prompt_values, layer.own_values))

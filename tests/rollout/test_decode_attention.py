@@ -23,7 +23,7 @@ def problem(rows, heads, keys, width, prompts, places, limit):
 
     layer = SharedPrefixLayer(Layout(torch.device("cpu")))
     layer.prompt_keys, layer.prompt_values = (normal(prompts, keys, places, width) for _ in range(2))
-    layer.own_keys, layer.own_values = (normal(limit, rows + 1, keys, width) for _ in range(2))
+    layer.own_keys, layer.own_values = (normal(rows + 1, keys, limit, width) for _ in range(2))
     seen = Seen(below(prompts), below(places), STEP - below(min(limit, STEP)), torch.tensor([STEP]))
     seen.prompt[rows - 1], seen.start[rows - 1] = places, NEVER
     return normal(rows, heads, 1, width), layer, seen
@@ -31,9 +31,9 @@ def problem(rows, heads, keys, width, prompts, places, limit):
 
 def of_row(row, query, layer, seen):
     """Attention of one row, its keys and values laid side by side."""
-    columns = torch.arange(int(seen.start[row]), STEP + 1) % len(layer.own_keys)
+    columns = torch.arange(int(seen.start[row]), STEP + 1) % layer.own_keys.shape[2]
     keys, values = (
-        torch.cat([prompt[seen.group[row], :, seen.prompt[row] :], own[columns, row].transpose(0, 1)], dim=1)
+        torch.cat([prompt[seen.group[row], :, seen.prompt[row] :], own[row][:, columns]], dim=1)
         for prompt, own in ((layer.prompt_keys, layer.own_keys), (layer.prompt_values, layer.own_values))
     )
     keys, values = (x.repeat_interleave(query.shape[1] // len(x), dim=0) for x in (keys, values))
@@ -61,7 +61,7 @@ def test_what_no_row_sees_is_not_looked_at():
     for row in range(6):
         columns = torch.arange(int(seen.start[row]), STEP + 1) % 40 if row < 4 else torch.tensor([], dtype=torch.long)
         other = torch.ones(40, dtype=torch.bool).index_fill(0, columns, False)
-        layer.own_keys[other, row] = layer.own_values[other, row] = torch.nan
+        layer.own_keys[row][:, other] = layer.own_values[row][:, other] = torch.nan
     for group in range(3):
         first = int(seen.prompt[:4][seen.group[:4] == group].min()) if (seen.group[:4] == group).any() else 70
         layer.prompt_keys[group, :, :first] = layer.prompt_values[group, :, :first] = torch.nan

@@ -81,12 +81,12 @@ class Eager:
 def attended(query, layer, seen, scaling):
     """What the kernel computes, row by row."""
     out = torch.zeros_like(query)
-    keys_of = query.shape[1] // layer.own_keys.shape[2]
+    keys_of = query.shape[1] // layer.own_keys.shape[1]
     for row in range(len(query)):
         group, first, start = (int(of[row]) for of in seen[:3])
-        columns = torch.arange(start, int(seen.step) + 1) % len(layer.own_keys) if start <= int(seen.step) else []
+        columns = torch.arange(start, int(seen.step) + 1) % layer.own_keys.shape[2] if start <= int(seen.step) else []
         keys, values = (
-            torch.cat([prompt[group, :, first:], own[columns, row].transpose(0, 1)], dim=1)
+            torch.cat([prompt[group, :, first:], own[row][:, columns]], dim=1)
             for prompt, own in ((layer.prompt_keys, layer.own_keys), (layer.prompt_values, layer.own_values))
         )
         if keys.shape[1]:
