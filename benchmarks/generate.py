@@ -42,16 +42,10 @@ def ours(work: Workload, lengths: Tensor, seed: int) -> float:
     seeds = [seed * len(work.prompts) + i for i in range(len(work.prompts))]
     start = time.perf_counter()
     rollouts = engine.generate(work.prompts, seeds, work.group_size, Sampling(work.max_new_tokens))
-    wait(work)
+    record.wait(work.model.device.type)
     seconds = time.perf_counter() - start
     assert torch.equal(rollouts.mask.sum(dim=1).cpu(), lengths)
     return seconds
-
-
-def wait(work: Workload) -> None:
-    """Wait for what a GPU has still to do."""
-    if work.model.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def transformers(work: Workload, lengths: Tensor, seed: int) -> float:
@@ -84,7 +78,7 @@ def transformers(work: Workload, lengths: Tensor, seed: int) -> float:
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([ended]),
         )
-    wait(work)
+    record.wait(work.model.device.type)
     seconds = time.perf_counter() - start
     assert out.shape[1] == width + int(lengths.max())
     return seconds

@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -39,6 +41,12 @@ def keep(name: str, result: Mapping[str, Any]) -> None:
     """Write a result to results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def wait(device: str) -> None:
+    """Wait for what a GPU has still to do."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def peak_bytes() -> int:

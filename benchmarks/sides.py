@@ -95,8 +95,7 @@ class Turns:
 
     def end(self, parts: dict[str, float] | None = None) -> None:
         """Report, with the seconds of parts of the step if those are known."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        record.wait(self.device)
         seconds = time.perf_counter() - self._start
         peak = (torch.cuda.max_memory_allocated() if self.device == "cuda" else record.peak_bytes()) / 2**30
         print("@", json.dumps({"seconds": seconds, "peak_gib": peak, **(parts or {})}), flush=True)

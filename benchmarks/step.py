@@ -104,8 +104,7 @@ def median_seconds(work: Callable[[], object], device: str) -> float:
     for _ in range(20):
         start = time.perf_counter()
         work()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        record.wait(device)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 

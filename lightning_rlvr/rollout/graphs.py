@@ -11,7 +11,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from lightning_rlvr.models.forward import sharded
 
@@ -32,8 +31,7 @@ class Graphs:
 
         Hooks on those wait for events, which a graph cannot.
         """
-        whole = not sharded(model) and not any(isinstance(weight, DTensor) for weight in model.parameters())
-        return cls() if model.device.type == "cuda" and whole else None
+        return cls() if model.device.type == "cuda" and not sharded(model) else None
 
     def run(self, key: Hashable, compute: Callable[[], None]) -> None:
         """Do what `compute` does: at first by itself, so that its kernels are made; captured then, by its graph later.

@@ -58,7 +58,7 @@ class SharedPrefixDecoder(Decoder):
         self.model, self.rows, self.limit = model, rows, limit
         self.layout = Layout(model.device)
         self.linears = Linears(model)
-        self.graphs = Graphs.of(model)
+        self.graphs: Graphs | None = None
         self.plain = False  # as far as is known
         self.layers: list[SharedPrefixLayer] = []
 
@@ -82,8 +82,7 @@ class SharedPrefixDecoder(Decoder):
             self.cache = Cache(layers=list(self.layers))
             kernel = all(_fits_kernel(keys, values) for keys, values, *_ in cache)
             layout.begin(ids.shape[1], self.rows, self.limit, self.model.dtype, kernel)
-            if not layout.kernel:
-                self.graphs = None
+            self.graphs = Graphs.of(self.model) if kernel else None
             self.logits = logits.new_empty(self.rows if self.graphs else 0, logits.shape[1])
         if layout.make_room(len(lengths)) and self.graphs:
             self.graphs.clear()

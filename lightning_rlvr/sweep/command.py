@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
-import platform
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,7 +25,7 @@ from lightning_rlvr.sweep.executors import Cluster, Executor, Local, machine_mem
 from lightning_rlvr.sweep.experiment import Experiment, Resolve, Run, check, read_experiment
 from lightning_rlvr.sweep.process import Setup
 from lightning_rlvr.sweep.state import State, beside, is_finished, is_running, last_words, state_of, write_json
-from lightning_rlvr.training.callbacks.summary import PACKAGES
+from lightning_rlvr.training.callbacks.summary import versions
 from lightning_rlvr.types import UserError
 
 POLL = 0.5  # seconds
@@ -173,11 +171,6 @@ def _write_manifest(path: Path, plan: Experiment, setup: Setup, runs: Sequence[R
         "commands": {run.name: setup.command(run) for run in runs},
     }
     write_json(setup.output / "sweep.json", contents)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that results depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def _commit(folder: Path) -> str | None:

@@ -43,7 +43,7 @@ class Setup:
     configs: dict[Path, str]
     commit: str | None
     cache: Path
-    versions: dict[str, str]
+    versions: dict[str, str | None]
     program: tuple[str, ...] = field(default_factory=lambda: PROGRAM)
 
     @property

@@ -5,12 +5,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from attention import attended, problem
 
 from lightning_rlvr.models.forward import response_logp
 from lightning_rlvr.ops.linear_logprob import linear_logprob, linear_logprob_loss
 from lightning_rlvr.rollout import TransformersEngine, decode_attention, graphs
-from lightning_rlvr.rollout.decode_attention import Seen
-from lightning_rlvr.rollout.shared_prefix import NEVER, Layout, SharedPrefixLayer
 from lightning_rlvr.types import Sampling
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -64,34 +63,13 @@ def test_graphs_sample_what_a_cpu_does(max_rows, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [3, 200])
 def test_the_kernel_attends_to_what_a_row_sees(heads, of_keys, width, dtype, rows):
-    prompts, places, limit = 5, 150, 300
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def normal(*sizes):
-        return torch.randn(*sizes, generator=generator, device="cuda").to(dtype)
-
-    def below(most):
-        return torch.randint(most, (rows + 2,), generator=generator, device="cuda")
-
-    layer = SharedPrefixLayer(Layout(torch.device("cuda")))
-    layer.prompt_keys, layer.prompt_values = (normal(prompts, of_keys, places, width) for _ in range(2))
-    layer.own_keys, layer.own_values = (normal(rows + 2, of_keys, limit, width) for _ in range(2))
-    query, step = normal(rows, heads, 1, width), 420
-    seen = Seen(below(prompts), below(places), step - below(limit), torch.tensor([step], device="cuda"))
-    seen.prompt[rows - 1], seen.start[rows - 1] = places, NEVER
+    query, layer, seen = problem(rows, heads, of_keys, width, 5, 150, 300, 420, "cuda", dtype)
     got = decode_attention.attend(query, layer, seen, 0.1)
     assert not got[rows - 1].any()
-    for row in range(rows - 1):
-        columns = torch.arange(int(seen.start[row]), step + 1, device="cuda") % limit
-        keys, values = (
-            torch.cat([prompt[seen.group[row], :, seen.prompt[row] :], own[row][:, columns]], dim=1)
-            .repeat_interleave(heads // of_keys, dim=0)
-            .double()
-            for prompt, own in ((layer.prompt_keys, layer.own_keys), (layer.prompt_values, layer.own_values))
-        )
-        expected = (query[row].double() @ keys.transpose(1, 2) * 0.1).softmax(dim=-1) @ values
-        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-        assert float((got[row, 0] - expected[:, 0]).norm() / expected.norm()) < tolerance
+    expected = attended(query.double(), layer, seen, 0.1)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    error, size = (x[:-1].flatten(1).norm(dim=1) for x in (got - expected, expected))
+    assert (error < tolerance * size).all()
 
 
 @pytest.mark.parametrize(

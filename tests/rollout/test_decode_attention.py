@@ -2,42 +2,12 @@
 
 import pytest
 import torch
+from attention import attended, problem
 
 from lightning_rlvr.rollout import decode_attention
-from lightning_rlvr.rollout.decode_attention import Seen
-from lightning_rlvr.rollout.shared_prefix import NEVER, Layout, SharedPrefixLayer
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 SCALING, STEP = 0.3, 70
-
-
-def problem(rows, heads, keys, width, prompts, places, limit):
-    """A layer, the queries of a step, and what rows see; the last row sees nothing, the rest any run of columns."""
-    generator = torch.Generator().manual_seed(rows)
-
-    def normal(*sizes):
-        return torch.randn(*sizes, generator=generator)
-
-    def below(most):
-        return torch.randint(most, (rows + 1,), generator=generator)
-
-    layer = SharedPrefixLayer(Layout(torch.device("cpu")))
-    layer.prompt_keys, layer.prompt_values = (normal(prompts, keys, places, width) for _ in range(2))
-    layer.own_keys, layer.own_values = (normal(rows + 1, keys, limit, width) for _ in range(2))
-    seen = Seen(below(prompts), below(places), STEP - below(min(limit, STEP)), torch.tensor([STEP]))
-    seen.prompt[rows - 1], seen.start[rows - 1] = places, NEVER
-    return normal(rows, heads, 1, width), layer, seen
-
-
-def of_row(row, query, layer, seen):
-    """Attention of one row, its keys and values laid side by side."""
-    columns = torch.arange(int(seen.start[row]), STEP + 1) % layer.own_keys.shape[2]
-    keys, values = (
-        torch.cat([prompt[seen.group[row], :, seen.prompt[row] :], own[row][:, columns]], dim=1)
-        for prompt, own in ((layer.prompt_keys, layer.own_keys), (layer.prompt_values, layer.own_values))
-    )
-    keys, values = (x.repeat_interleave(query.shape[1] // len(x), dim=0) for x in (keys, values))
-    return ((query[row] @ keys.transpose(1, 2) * SCALING).softmax(dim=-1) @ values)[:, 0]
 
 
 @pytest.mark.parametrize("programs", [1, 1000], ids=["alone", "shared"])
@@ -48,15 +18,14 @@ def of_row(row, query, layer, seen):
 )
 def test_a_row_attends_to_its_prompt_and_its_columns(sizes, programs, monkeypatch):
     monkeypatch.setattr(decode_attention, "PROGRAMS", programs)
-    query, layer, seen = problem(*sizes)
+    query, layer, seen = problem(*sizes, STEP)
     got = decode_attention.attend(query, layer, seen, SCALING)
-    for row in range(len(query) - 1):
-        torch.testing.assert_close(got[row, 0], of_row(row, query, layer, seen), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, attended(query, layer, seen, SCALING), rtol=1e-5, atol=1e-5)
     assert not got[-1].any()
 
 
 def test_what_no_row_sees_is_not_looked_at():
-    query, layer, seen = problem(5, 4, 2, 16, 3, 70, 40)
+    query, layer, seen = problem(5, 4, 2, 16, 3, 70, 40, STEP)
     before = decode_attention.attend(query, layer, seen, SCALING)
     for row in range(6):
         columns = torch.arange(int(seen.start[row]), STEP + 1) % 40 if row < 4 else torch.tensor([], dtype=torch.long)

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from attention import attended
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -76,23 +77,6 @@ class Eager:
 
     def clear(self):
         self.cleared += 1
-
-
-def attended(query, layer, seen, scaling):
-    """What the kernel computes, row by row."""
-    out = torch.zeros_like(query)
-    keys_of = query.shape[1] // layer.own_keys.shape[1]
-    for row in range(len(query)):
-        group, first, start = (int(of[row]) for of in seen[:3])
-        columns = torch.arange(start, int(seen.step) + 1) % layer.own_keys.shape[2] if start <= int(seen.step) else []
-        keys, values = (
-            torch.cat([prompt[group, :, first:], own[row][:, columns]], dim=1)
-            for prompt, own in ((layer.prompt_keys, layer.own_keys), (layer.prompt_values, layer.own_values))
-        )
-        if keys.shape[1]:
-            keys, values = (x.repeat_interleave(keys_of, dim=0).to(query.dtype) for x in (keys, values))
-            out[row] = (query[row] * scaling @ keys.transpose(1, 2)).softmax(dim=-1) @ values
-    return out.transpose(1, 2)
 
 
 @pytest.fixture
@@ -356,7 +340,7 @@ def test_under_autocast_weights_are_rounded_once_and_the_result_is_the_same(monk
     assert torch.equal(got.entropy, expected.entropy)
 
 
-def test_rounded_weights_are_those_of_the_rollout(llama):
+def test_rounded_weights_are_those_of_the_rollout():
     model = build("llama", dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
         generate(model)

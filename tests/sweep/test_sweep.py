@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from lightning_rlvr.sweep import command, executors, process, state
+from lightning_rlvr.sweep import executors, process, state
 from lightning_rlvr.sweep.experiment import read_experiment
+from lightning_rlvr.training.callbacks import summary
 from lightning_rlvr.types import UserError
 
 LINGER = {"one": {"behave": "linger"}, "two": {}}
@@ -103,7 +104,7 @@ def test_a_run_made_otherwise_is_refused(run_sweep, out, options, changes, messa
 
 def test_other_versions_are_refused(run_sweep, monkeypatch):
     run_sweep()
-    monkeypatch.setattr(command, "version", lambda name: "0.0")
+    monkeypatch.setattr(summary, "version", lambda name: "0.0")
     with pytest.raises(UserError, match=r"versions\.torch"):
         run_sweep()
 

@@ -97,12 +97,17 @@ class RunSummary(Callback):
             "peak_memory_bytes": self._peak_memory(),
             "optimizer_steps": trainer.global_step,
             "seed": module.seed,
-            "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+            "versions": versions(),
         }
         root = Path(trainer.default_root_dir)
         with whole_file(root / "summary.json") as file:
             file.write((json.dumps(summary, indent=2) + "\n").encode())
         Console().print(summary_table(summary), f"outputs: {root.resolve()}", sep="\n")
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the packages that results depend on."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def _version(package: str) -> str | None:
