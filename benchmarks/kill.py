@@ -87,7 +87,7 @@ def start(words: Sequence[str], cache: Path, ranks: int, log: Path) -> list[int]
 def _become(words: list[str], cache: Path, rank: int, ranks: int, port: int, log: Path) -> None:
     from lightning.pytorch.utilities import rank_zero_only
 
-    from lightning_rlvr.cli import main
+    from lightning_rlvr.__main__ import main
 
     os.environ["LIGHTNING_RLVR_CACHE"] = str(cache)
     if ranks > 1:

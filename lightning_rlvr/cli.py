@@ -1,4 +1,4 @@
-"""The command line: fit, validate, test, predict and score, and the commands that have a parser of their own."""
+"""LightningCLI for fit, validate, test, predict and score; its config is read by other commands as well."""
 
 from __future__ import annotations
 
@@ -20,10 +20,8 @@ from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_rlvr import compare, data_check, evaluation, preflight
-from lightning_rlvr.report import command as report
+from lightning_rlvr import data_check, preflight
 from lightning_rlvr.store import user_path, whole_file
-from lightning_rlvr.sweep import command as sweep
 from lightning_rlvr.training import RLVRDataModule, RLVRModule, Trainer
 from lightning_rlvr.training.callbacks import (
     AdaptiveOrder,
@@ -46,16 +44,7 @@ from lightning_rlvr.training.metrics_file import MetricsFile
 from lightning_rlvr.training.run_dir import CONFIG, continued, free_folder
 from lightning_rlvr.types import UserError
 
-PROGRAM = "python -m lightning_rlvr"
 MESSAGE = 1000  # characters of what a parser says
-DESCRIPTION = (
-    "Train language models with verifiable rewards and watch their entropy. Beside the subcommands below there are, "
-    f"with a --help of their own: `{PROGRAM} evaluate`, which takes models through benchmarks (pass@k, avg@k, maj@k "
-    "with intervals); `preflight`, which says what a config takes before it is run; `data check`, which checks its "
-    "questions; `compare`, which replays one rollout batch "
-    "under many objectives; `sweep`, which does every run of an experiment; and `report`, which makes its tables and "
-    "figures."
-)
 
 
 class Parser(LightningArgumentParser):
@@ -99,7 +88,7 @@ class RLVRCLI(LightningCLI):
             },
             seed_everything_default=1,
             # This mode resolves ${...} after overrides, not file by file.
-            parser_kwargs={"parser_mode": "omegaconf+", "prog": PROGRAM, "description": DESCRIPTION},
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": "python -m lightning_rlvr"},
             parser_class=Parser,
             save_config_callback=ConfigFile,
             save_config_kwargs={"save_to_log_dir": False},
@@ -282,34 +271,9 @@ def fit_config(arguments: Sequence[str]) -> dict[str, Any]:
     return fit_settings(parsed)
 
 
-def main(args: list[str] | None = None) -> None:
-    """Run a subcommand; what the user can put right ends in one message and exit status 2."""
-    for harmless in (
-        r"Found \d+ module\(s\) in eval mode",  # on purpose: dropout would make the policy's ratio random
-        r"The '\w+' does not have many workers",  # questions are already in memory
-        r"Using ModelCheckpoint with manual optimization",  # saved after the update, as meant
-        r"LightningCLI's args parameter",  # `data check` takes its own options off first
-        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    ):
-        warnings.filterwarnings("ignore", message=harmless)
-    words = sys.argv[1:] if args is None else args
+def run(words: Sequence[str]) -> None:
+    """Run a subcommand of LightningCLI. Raises: UserError for what Lightning refuses as well."""
     try:
-        if words[:1] == ["compare"]:
-            compare.main(words[1:])
-        elif words[:1] == ["evaluate"]:
-            evaluation.main(words[1:])
-        elif words[:2] == ["data", "check"]:
-            sys.exit(check_data(words[2:]))
-        elif words[:1] == ["preflight"]:
-            sys.exit(check_before(words[1:]))
-        elif words[:1] == ["report"]:
-            report.main(words[1:])
-        elif words[:1] == ["sweep"]:
-            sweep.main(words[1:], fit_config)
-        else:
-            RLVRCLI(args)
-    except (UserError, MisconfigurationException) as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:  # before the trainer has started, which handles it itself
-        sys.exit(130)
+        RLVRCLI(list(words))
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from support import ROOT
 
-from lightning_rlvr.cli import main
+from lightning_rlvr.__main__ import main
 from lightning_rlvr.compare import compare
 from lightning_rlvr.objectives import GRPO, SENT, HighEntropyMask
 from lightning_rlvr.types import UserError

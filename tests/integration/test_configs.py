@@ -8,7 +8,8 @@ import pytest
 import yaml
 from support import QUICKSTART, ROOT
 
-from lightning_rlvr.cli import fit_config, main
+from lightning_rlvr.__main__ import main
+from lightning_rlvr.cli import fit_config
 from lightning_rlvr.sweep.experiment import check, read_experiment
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

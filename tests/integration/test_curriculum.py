@@ -132,7 +132,7 @@ def test_what_filters_drop_is_counted(cli, tmp_path):
 
 
 def test_a_run_resumed_without_its_scores_makes_those_of_the_initial_policy_again(tmp_path, monkeypatch, cache):
-    from lightning_rlvr.cli import main
+    from lightning_rlvr.__main__ import main
 
     monkeypatch.setenv("LIGHTNING_RLVR_CACHE", str(cache))
     here = {"data__cache_dir": tmp_path / "scores", "data__val": "null", **MORTAL}

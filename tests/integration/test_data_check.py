@@ -5,7 +5,7 @@ import json
 import pytest
 from support import QUICKSTART
 
-from lightning_rlvr.cli import main
+from lightning_rlvr.__main__ import main
 from lightning_rlvr.data_check import Report, contained, normalised
 from lightning_rlvr.types import Prompt, UserError
 

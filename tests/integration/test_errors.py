@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from support import QUICKSTART
 
-from lightning_rlvr.cli import free_folder, main
+from lightning_rlvr.__main__ import main
+from lightning_rlvr.cli import free_folder
 from lightning_rlvr.types import UserError
 
 

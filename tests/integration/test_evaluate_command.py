@@ -10,7 +10,7 @@ import pytest
 import yaml
 from support import ROOT, write_benchmark
 
-from lightning_rlvr.cli import main
+from lightning_rlvr.__main__ import main
 from lightning_rlvr.evaluation.benchmark import read_benchmarks
 from lightning_rlvr.evaluation.command import command_line
 
@@ -150,9 +150,8 @@ def test_every_config_parses_and_names_benchmarks_that_exist(config, monkeypatch
     assert max(settings.ks) <= settings.samples
 
 
-def test_help_names_the_command(capsys):
-    for args, said in ((["--help"], "lightning_rlvr evaluate"), (["evaluate", "--help"], "--benchmarks")):
-        with pytest.raises(SystemExit) as exit_:
-            main(args)
-        assert exit_.value.code == 0
-        assert said in " ".join(capsys.readouterr().out.split())
+def test_help_names_the_options(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["evaluate", "--help"])
+    assert exit_.value.code == 0
+    assert "--benchmarks" in capsys.readouterr().out

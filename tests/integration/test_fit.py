@@ -129,7 +129,7 @@ def test_continuing_from_a_checkpoint_ends_where_the_whole_run_ends(cli, tmp_pat
 
 
 def test_the_config_left_behind_runs_again_in_a_folder_of_its_own(cli, cache, tmp_path):
-    from lightning_rlvr.cli import main
+    from lightning_rlvr.__main__ import main
 
     run = cli("fit", tmp_path / "run", trainer__max_steps=1)
     before = (run / "metrics.csv").read_bytes()

@@ -12,7 +12,7 @@ from lightning_rlvr.training.callbacks.ledger import NUMBERS, ledger_page
 
 @pytest.fixture(scope="session")
 def ledger(tmp_path_factory, cache):
-    from lightning_rlvr.cli import main
+    from lightning_rlvr.__main__ import main
 
     run = tmp_path_factory.mktemp("ledger") / "run"
     with pytest.MonkeyPatch.context() as patch:

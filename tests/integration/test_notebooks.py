@@ -15,7 +15,7 @@ REWARD = {"model__reward": "support.ManyVowels"}  # a policy of four steps earns
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory, cache):
     """The folder of a run of a few batches with ledger, rollouts and the scores it was ordered by."""
-    from lightning_rlvr.cli import main
+    from lightning_rlvr.__main__ import main
 
     folder = tmp_path_factory.mktemp("notebooks")
     scores = folder / "scores.parquet"

@@ -5,7 +5,7 @@ import json
 import pytest
 from support import arguments
 
-from lightning_rlvr.cli import main
+from lightning_rlvr.__main__ import main
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Timer
 from support import arguments
 
 from benchmarks.kill import outcome
-from lightning_rlvr.cli import main
+from lightning_rlvr.__main__ import main
 from lightning_rlvr.training import RLVRModule
 from lightning_rlvr.training.callbacks import ExportPolicy, SampleTable
 from lightning_rlvr.training.metrics_file import MetricsFile

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from support import serving, write_benchmark
 
-from lightning_rlvr.cli import main
+from lightning_rlvr.__main__ import main
 from lightning_rlvr.store import read_manifest
 
 

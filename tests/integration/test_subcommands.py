@@ -16,7 +16,7 @@ def test_test_judges_a_checkpoint(cli, tmp_path, finished_run):
 
 
 def test_validate_judges_an_exported_model(tmp_path, finished_run, capsys):
-    from lightning_rlvr.cli import main
+    from lightning_rlvr.__main__ import main
 
     flags = arguments("validate", tmp_path / "validate")
     kept = [(k, v) for k, v in zip(flags[5::2], flags[6::2], strict=True) if "policy" not in k]

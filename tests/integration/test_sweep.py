@@ -7,7 +7,7 @@ import pytest
 import yaml
 from support import QUICKSTART, ROOT, SMALL
 
-from lightning_rlvr.cli import main
+from lightning_rlvr.__main__ import main
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lightning_rlvr.__main__ import main
 from lightning_rlvr.analysis import paired, read_held_out, read_runs, read_training, summarise
 from lightning_rlvr.analysis.drawing import BASELINE, colours
-from lightning_rlvr.cli import main
 from lightning_rlvr.report.command import report
 from lightning_rlvr.report.figures import figures
 from lightning_rlvr.report.tables import held_out_table, paired_table
