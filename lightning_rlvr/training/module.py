@@ -82,7 +82,7 @@ class RLVRModule(LightningModule):
             statistics, or those are taken that were recorded while sampling. auto computes them for the first rollout
             batch and takes the recorded ones, then too, if no token's differ by more than 1e-4 nats.
         rollout_rows: rows decoded at a time; changes memory and speed only.
-        vllm: samples with vLLM instead of this package's engine, on one process; see `VLLM`.
+        vllm: samples with vLLM instead of this package's engine; see `VLLM`.
         dynamic_sampling: if not 0, groups whose rewards are all equal are replaced by groups of the next questions,
             from at most that many rollout batches for one update (DAPO).
         max_grad_norm: bound on the norm of the gradient, null for none.
@@ -206,11 +206,6 @@ class RLVRModule(LightningModule):
         """
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise UserError("precision 16-mixed is not supported: gradients would be clipped scaled. Set bf16-mixed.")
-        if self.vllm is not None and self.trainer.world_size > 1:
-            raise UserError(
-                f"model.vllm samples on one process, got {self.trainer.world_size}. Set model.vllm to null, or "
-                "trainer.devices and trainer.num_nodes to 1."
-            )
         if self.offload_reference and self.reference is not None:
             if adapted(self.policy):
                 raise UserError(
@@ -397,7 +392,9 @@ class RLVRModule(LightningModule):
             parts = [part for rows in steps for part in micro_batches(self.policy, rollouts, rows, size)]
             return batch_logp(model, rollouts, self.sampling.temperature, parts, with_entropy)
 
-        return in_micro_batches(self, compute)
+        values = in_micro_batches(self, compute)
+        self.parallel.release(model)
+        return values
 
     def log_training(self, metrics: Mapping[str, float], spent: Mapping[str, float], tokens: int) -> None:
         """Log one step: metrics under train/, seconds and trained tokens a second by part of the work."""

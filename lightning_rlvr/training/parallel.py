@@ -49,6 +49,9 @@ class Parallel:
         """Let all weights be at hand in every process, which then may differ in how often it runs the model."""
         return nullcontext()
 
+    def release(self, model: nn.Module) -> None:
+        """Let go of weights that passes without gradients have left gathered."""
+
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a micro-batch; processes exchange what has come together at the `last` of a step."""
         wrapped = getattr(self.module.trainer, "model", None)
@@ -98,6 +101,14 @@ class FullySharded(Parallel):
                 part.reshard()
             for part in parts[1:]:
                 part.set_reshard_after_forward(True, recurse=False)
+
+    def release(self, model: nn.Module) -> None:
+        """Reshard the root, which fully_shard leaves gathered for a backward pass to come.
+
+        Beside the memory: as long as it is gathered, the model's parameters are not those that the optimizer has, and
+        their gradients are not those that it sees.
+        """
+        cast(FSDPModule, model).reshard()
 
     def norm(self) -> Tensor:
         """The norm of sharded gradients is that of all shards."""

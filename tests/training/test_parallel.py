@@ -19,7 +19,16 @@ TESTS = Path(__file__).parents[1]
 
 
 def train(
-    folder, strategy="auto", processes=1, policy=None, objective=None, reward=None, resume=None, updates=3, **settings
+    folder,
+    strategy="auto",
+    processes=1,
+    policy=None,
+    objective=None,
+    reward=None,
+    resume=None,
+    updates=3,
+    recompute_logp="auto",
+    **settings,
 ):
     """Train on 24 rows a batch, however many processes share them; return trainer and whole weights."""
     import lightning
@@ -39,6 +48,7 @@ def train(
         optimizer=partial(torch.optim.AdamW, lr=1e-3, eps=1e-4),
         micro_batch_size=5,
         max_grad_norm=0.5,
+        recompute_logp=recompute_logp,
         pass_at=[1],
     )
     data = RLVRDataModule(
@@ -114,17 +124,17 @@ def on_cpu(stage):
 def worker(rank, folder):
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     os.environ["MASTER_PORT"] = (folder / "port").read_text()
-    two = {"processes": 2, "strategy": "fsdp2"}
+    two, anew = {"processes": 2, "strategy": "fsdp2"}, {"recompute_logp": True}  # a pass of its own before training's
     runs = {
         "ddp": {"processes": 2, "strategy": "ddp"},
         "fsdp2": two,
-        "half": two | {"updates": 2},
-        "rest": two | {"resume": folder / "half" / "last.ckpt"},
+        "half": two | anew | {"updates": 2},
+        "rest": two | anew | {"resume": folder / "half" / "last.ckpt"},
         "adapters": two | adapted(recompute=True),
         "bf16": two | {"precision": "bf16-mixed", "updates": 1},
         "zero2": {"processes": 2, "strategy": on_cpu(2)},
-        "zero3_half": {"processes": 2, "strategy": on_cpu(3), "updates": 2},
-        "zero3": {"processes": 2, "strategy": on_cpu(3), "resume": folder / "zero3_half" / "last.ckpt"},
+        "zero3_half": {"processes": 2, "strategy": on_cpu(3), "updates": 2} | anew,
+        "zero3": {"processes": 2, "strategy": on_cpu(3), "resume": folder / "zero3_half" / "last.ckpt"} | anew,
     }
     for name, settings in runs.items():
         trainer, weights = train(folder / name, **settings)
