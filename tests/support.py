@@ -181,6 +181,27 @@ class TinyPolicy(PolicySource):
         return f"tiny-{self.seed}-{self.dtype}"
 
 
+class Sharp(TinyPolicy):
+    """A Llama whose distributions are far from uniform; vLLM's attention wants heads of at least 32."""
+
+    family = "Llama"
+    sizes: ClassVar = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 64,
+    }
+
+    def load(self):
+        policy = super().load()
+        with torch.no_grad():
+            policy.model.lm_head.weight.mul_(15)
+        return policy
+
+
 class Counting(Task):
     """Questions `0=`, `1=`, ... with the number as the answer."""
 
@@ -246,7 +267,18 @@ class Mortal(ManyVowels):
 
 
 def train(
-    tmp_path, objective=None, dtype="float64", updates=3, lr=1e-3, reward=None, rollouts_done=0, policy=None, **settings
+    tmp_path,
+    objective=None,
+    dtype="float64",
+    updates=3,
+    lr=1e-3,
+    eps=1e-8,
+    reward=None,
+    rollouts_done=0,
+    policy=None,
+    strategy="auto",
+    processes=1,
+    **settings,
 ):
     """Train a tiny policy without the command line; by default with SENT, whose every term moves it."""
     from functools import partial
@@ -263,7 +295,7 @@ def train(
         objective or SENT(low_entropy_quantile=0.8, high_cov_fraction=0.1, beta_low=0.5, beta_high=2.0),
         reward or ManyVowels(),
         Sampling(10),
-        optimizer=partial(torch.optim.AdamW, lr=lr),
+        optimizer=partial(torch.optim.AdamW, lr=lr, eps=eps),
         pass_at=[1],
         **settings,
     )
@@ -274,6 +306,8 @@ def train(
     trainer = lightning.Trainer(
         max_steps=updates,
         accelerator="cpu",
+        devices=processes,
+        strategy=strategy,
         default_root_dir=tmp_path,
         logger=False,
         enable_checkpointing=False,

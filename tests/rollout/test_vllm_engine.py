@@ -3,11 +3,10 @@
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import ClassVar
 
 import pytest
 import torch
-from support import TinyPolicy, train
+from support import Sharp, TinyPolicy, train
 
 from lightning_rlvr.models import Pretrained
 from lightning_rlvr.models.forward import response_logp
@@ -36,27 +35,6 @@ def test_vllm_missing_is_said(monkeypatch):
 
 
 # --- with vLLM itself ------------------------------------------------------------------------------
-
-
-class Sharp(TinyPolicy):
-    """A Llama whose distributions are far from uniform; vLLM's attention wants heads of at least 32."""
-
-    family = "Llama"
-    sizes: ClassVar = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 32,
-        "max_position_embeddings": 64,
-    }
-
-    def load(self):
-        policy = super().load()
-        with torch.no_grad():
-            policy.model.lm_head.weight.mul_(15)
-        return policy
 
 
 def smollm2():

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,10 +85,3 @@ def test_a_sampler_of_another_policy_ends_the_run_and_names_tokens(tmp_path, shi
 def test_recorded_values_cannot_stand_for_those_of_training():
     with pytest.raises(UserError, match=r"recompute_logp must be auto or true with model\.vllm, got false"):
         RLVRModule(TinyPolicy(), GRPO(), None, Sampling(4), vllm=VLLM(), recompute_logp=False)
-
-
-def test_several_processes_are_refused():
-    fresh = RLVRModule(TinyPolicy(), GRPO(), None, Sampling(4), vllm=VLLM())
-    fresh._trainer = SimpleNamespace(precision_plugin=None, world_size=2)
-    with pytest.raises(UserError, match="one process, got 2"):
-        fresh.on_fit_start()

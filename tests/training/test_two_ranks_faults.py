@@ -104,6 +104,19 @@ def update(rank, folder, fail_at=None, spoil=False):
     }
 
 
+def other_policy(rank):
+    """What the ranks say of a sampler that samples from another policy on rank 1."""
+    from support import TinyPolicy
+
+    from lightning_rlvr.training.mismatch import check_agreement
+
+    rollouts = batch_of(rank)[2].experience.rollouts
+    try:
+        check_agreement(rollouts, rollouts.logp - 0.5 * rank, 0.1, TinyPolicy().tokenizer())
+    except UserError as error:
+        return str(error)
+
+
 def worker(rank, folder):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -111,6 +124,7 @@ def worker(rank, folder):
         "well": update(rank, folder),
         "memory": update(rank, folder, fail_at=2),
         "nan": update(rank, folder, spoil=True),
+        "other policy": other_policy(rank),
         "start": torch.cat([p.detach().flatten() for p in batch_of(rank)[0].parameters()]),
     }
     torch.save(out, folder / f"{rank}.pt")
@@ -129,6 +143,11 @@ def ranks(tmp_path_factory):
 def test_a_step_moves_both_ranks_alike(ranks):
     assert torch.equal(ranks[0]["well"]["weights"], ranks[1]["well"]["weights"])
     assert (ranks[0]["well"]["weights"] - ranks[0]["start"]).abs().max() > 1e-4
+
+
+def test_a_sampler_of_another_policy_on_one_rank_ends_both(ranks):
+    for rank in ranks:
+        assert "within 0.1 nats" in rank["other policy"]
 
 
 def test_a_rank_that_finds_no_memory_begins_again_and_both_come_to_the_same_step(ranks):
