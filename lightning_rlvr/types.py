@@ -151,6 +151,10 @@ class Rollouts:
         """Return the given rows."""
         return _rows(self, index)
 
+    def to(self, device: torch.device | str) -> Rollouts:
+        """Return them on a device."""
+        return Rollouts(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
 
 class Engine(ABC):
     """Samples responses from a policy."""

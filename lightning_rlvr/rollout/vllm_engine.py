@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -150,7 +150,7 @@ class VLLMEngine(Engine):
         if self._sleeps:
             self._llm.sleep(level=2)
         told = as_told(prompts, [_told(output.outputs[0]) for output in outputs], sampling, tokenizer.pad_token_id)
-        return Rollouts(**{field.name: getattr(told, field.name).to(model.device) for field in fields(Rollouts)})
+        return told.to(model.device)
 
     def _load(self) -> None:
         """Give vLLM the policy's weights as they are now, and let it forget what it computed with older ones."""

@@ -19,6 +19,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Return the number of this process among them."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def largest(here: int) -> int:
     """Return the largest of the values of all ranks."""
     if world_size() == 1:
@@ -76,7 +81,7 @@ def gather_stats(stats: TokenStats) -> tuple[TokenStats, slice]:
         parts = [torch.empty_like(sent) for _ in range(world)]
         dist.all_gather(parts, sent.contiguous())
         gathered[field.name] = torch.cat(parts).to(value.dtype)
-    return TokenStats(**gathered), slice(dist.get_rank() * rows, (dist.get_rank() + 1) * rows)
+    return TokenStats(**gathered), slice(rank() * rows, (rank() + 1) * rows)
 
 
 def reduce_ratios(ratios: Mapping[str, Ratio]) -> dict[str, float]:

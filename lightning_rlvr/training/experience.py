@@ -52,6 +52,10 @@ class Experience(NamedTuple):
             self.prompts[part], self.rollouts.rows(part), self.responses[part], self.verdicts[part], self.ids[part]
         )
 
+    def to(self, device: torch.device | str) -> Experience:
+        """Return it with its tensors on a device."""
+        return self._replace(rollouts=self.rollouts.to(device))
+
     def samples(self) -> list[dict[str, Any]]:
         """Return one plain record a row, for tables and files."""
         entropy = self.rollouts.entropy.sum(1) / self.rollouts.mask.sum(1)

@@ -75,7 +75,8 @@ class RLVRModule(LightningModule):
         prompt_format: how a question becomes a prompt.
         optimizer, lr_scheduler: called with the policy's parameters, and with the optimizer; the schedule
             steps with the optimizer.
-        updates_per_rollout: optimizer steps on one rollout batch, on disjoint questions.
+        updates_per_rollout: optimizer steps on one rollout batch, on disjoint questions. Each process cuts its own
+            questions: they are those of one process if their number divides by steps times processes.
         micro_batch_size: rows of the greatest length in a forward and backward pass; shorter ones fill it by their
             tokens, a prompt counting once for its responses. It changes memory and speed only.
         recompute_logp: whether the log-probabilities and entropies of a rollout batch are computed anew for its

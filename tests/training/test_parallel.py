@@ -16,6 +16,7 @@ from lightning_rlvr.models.forward import packs
 from lightning_rlvr.types import UserError
 
 TESTS = Path(__file__).parents[1]
+DYNAMIC = {"dynamic_sampling": 3, "updates": 2}
 
 
 def train(
@@ -28,6 +29,7 @@ def train(
     resume=None,
     updates=3,
     recompute_logp="auto",
+    dynamic_sampling=0,
     **settings,
 ):
     """Train on 24 rows a batch, however many processes share them; return trainer and whole weights."""
@@ -49,6 +51,7 @@ def train(
         micro_batch_size=5,
         max_grad_norm=0.5,
         recompute_logp=recompute_logp,
+        dynamic_sampling=dynamic_sampling,
         pass_at=[1],
     )
     data = RLVRDataModule(
@@ -128,6 +131,7 @@ def worker(rank, folder):
     runs = {
         "ddp": {"processes": 2, "strategy": "ddp"},
         "fsdp2": two,
+        "dynamic": two | DYNAMIC,
         "half": two | anew | {"updates": 2},
         "rest": two | anew | {"resume": folder / "half" / "last.ckpt"},
         "adapters": two | adapted(recompute=True),
@@ -160,13 +164,15 @@ def folder(tmp_path_factory):
 def alone(tmp_path_factory):
     """Whole weights and last metrics of one process."""
     folder = tmp_path_factory.mktemp("one_process")
-    runs = {"plain": train(folder / "plain"), "adapters": train(folder / "adapters", **adapted(recompute=False))}
+    settings = {"plain": {}, "dynamic": DYNAMIC, "adapters": adapted(recompute=False)}
+    runs = {name: train(folder / name, **more) for name, more in settings.items()}
     return {name: (weights, trainer.logged_metrics) for name, (trainer, weights) in runs.items()}
 
 
 @pytest.mark.parametrize(
     ("name", "one"),
-    [(name, "plain") for name in ("ddp", "fsdp2", "rest", "zero2", "zero3")] + [("adapters", "adapters")],
+    [(name, "plain") for name in ("ddp", "fsdp2", "rest", "zero2", "zero3")]
+    + [(name, name) for name in ("dynamic", "adapters")],
 )
 def test_two_processes_train_what_one_trains(folder, alone, name, one):
     weights, metrics = torch.load(folder / f"{name}.pt")
