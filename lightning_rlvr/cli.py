@@ -253,7 +253,7 @@ def check_before(words: list[str]) -> int:
 
 def fit_settings(parsed: RLVRCLI) -> dict[str, Any]:
     """Return the resolved config of `fit` as a run writes it into its config.yaml."""
-    return dict(yaml.safe_load(parsed.parser.dump(parsed.config, skip_none=False))["fit"])
+    return dict(parsed.config_dump)
 
 
 def fit_config(arguments: Sequence[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from support import ROOT, arguments, command_line
 
 from benchmarks.kill import outcome
+from lightning_rlvr.__main__ import main
 
 MORTAL = {"model__reward": "support.Mortal", "data__prompts_per_batch": 4}
 TWO = {"trainer__devices": 2, "trainer__strategy": "ddp"}
@@ -34,9 +35,9 @@ def vowels(tmp_path_factory):
     """A cache with the policy made, and a score file of one process that lived."""
     cache, folder = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("whole")
     settings = {**MORTAL, "data__scoring__prompts_per_batch": 3, "output": folder / "a.parquet"}
-    done = command_line(cache, *arguments("score", folder / "run", **settings))
-    assert done.returncode == 0, done.stderr
-    assert "16 questions scored" in done.stdout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_RLVR_CACHE", str(cache))
+        main(arguments("score", folder / "run", **settings))
     return cache, folder / "a.parquet"
 
 
@@ -132,8 +133,6 @@ def test_what_filters_drop_is_counted(cli, tmp_path):
 
 
 def test_a_run_resumed_without_its_scores_makes_those_of_the_initial_policy_again(tmp_path, monkeypatch, cache):
-    from lightning_rlvr.__main__ import main
-
     monkeypatch.setenv("LIGHTNING_RLVR_CACHE", str(cache))
     here = {"data__cache_dir": tmp_path / "scores", "data__val": "null", **MORTAL}
     main(arguments("fit", tmp_path / "whole", **here, checkpoint__save_top_k=-1))

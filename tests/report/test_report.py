@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from studies import write_study
 
 from lightning_rlvr.__main__ import main
 from lightning_rlvr.analysis import paired, read_held_out, read_runs, read_training, summarise
@@ -16,9 +17,12 @@ from lightning_rlvr.report.tables import held_out_table, paired_table
 from lightning_rlvr.types import UserError
 
 
-@pytest.fixture
-def written(study):
-    return report(study)
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The report of a study."""
+    folder = tmp_path_factory.mktemp("written") / "study"
+    write_study(folder)
+    return report(folder)
 
 
 def test_best_is_bold_and_second_is_underlined_whatever_the_base(study):
@@ -42,7 +46,7 @@ def test_differences_that_leave_out_zero_have_a_star(study):
     assert sent[header.index("length (tokens)")] == "+0.0 [+0.0, +0.0]"
 
 
-def test_the_report_has_all_its_parts(written, study):
+def test_the_report_has_all_its_parts(written):
     kinds = ("training", "classes", "law", "change", "ends")
     files = {f"{name}.{kind}" for name in kinds for kind in ("png", "svg")}
     assert {path.name for path in written.iterdir()} == files | {
