@@ -90,6 +90,7 @@ def main(args: Sequence[str] | None = None) -> None:
         r"Found \d+ module\(s\) in eval mode",  # on purpose: dropout would make the policy's ratio random
         r"The '\w+' does not have many workers",  # questions are already in memory
         r"Using ModelCheckpoint with manual optimization",  # saved after the update, as meant
+        r"It is recommended to use `self.log\(.*sync_dist=True",  # what is logged has been reduced over all ranks
         r"LightningCLI's args parameter",  # `data check` takes its own options off first
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     ):

@@ -46,6 +46,15 @@ def gather_objects(mine: Any) -> list[Any]:
     return out
 
 
+def gather_on_first(mine: Any) -> list[Any] | None:
+    """Return the objects of all ranks, by rank, on the first; None on the others."""
+    if world_size() == 1:
+        return [mine]
+    out = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(mine, out)
+    return out
+
+
 def gather_shares(mine: Sequence[float]) -> list[float]:
     """Return the values of all ranks, where rank r holds every world-th from the r-th on; all hold equally many."""
     if world_size() == 1:

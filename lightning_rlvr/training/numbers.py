@@ -12,7 +12,7 @@ from jaxtyping import Float
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_rlvr.training.distributed import gather_objects, world_size
+from lightning_rlvr.training.distributed import gather_objects
 from lightning_rlvr.training.replay import save_replay
 from lightning_rlvr.types import Ratio, TokenStats, UserError
 
@@ -29,14 +29,12 @@ KL = "model.objective (kl_estimator, a smaller weight of the KL): the policy has
 def leave_out(module: RLVRModule, record: StepRecord, metrics: Mapping[str, Ratio]) -> None:
     """Leave out an update whose statistics, loss or gradient are not finite, on all ranks; the gradient is still there.
 
-    The rollout batch goes to failed/NUMBER in the run's folder, from every rank that has the cause (NUMBER-RANK with
-    several), for the first few of a run.
+    The rollout batch goes to failed/NUMBER in the run's folder, for the first few of a run.
 
     Raises: UserError if it is the `max_skipped_updates`-th in a row; it says what was not finite first.
     """
-    mine = first_non_finite(module, record, metrics)
-    first = min(gather_objects(mine))
-    kept, what = _keep(module, record) if mine[0] == first[0] else None, first[1]
+    _, what = min(gather_objects(first_non_finite(module, record, metrics)))
+    kept = _keep(module, record)
     module.skipped_in_a_row += 1
     rank_zero_warn(
         f"update {module.skipped_in_a_row} in a row left out, in rollout batch {record.number}: not all of its "
@@ -97,9 +95,9 @@ def _values(module: RLVRModule, record: StepRecord, metrics: Mapping[str, Ratio]
 
 
 def _keep(module: RLVRModule, record: StepRecord) -> Path | None:
-    rank = f"-{module.global_rank}" if world_size() > 1 else ""
-    folder = Path(module.trainer.default_root_dir) / "failed" / f"{record.number:06d}{rank}"
-    if len(list(folder.parent.glob(f"[0-9]*{rank}"))) >= KEPT:
+    """Keep the batch, all ranks together; return where, on the first rank, if it could be kept."""
+    folder = Path(module.trainer.default_root_dir) / "failed" / f"{record.number:06d}"
+    if gather_objects(len(list(folder.parent.glob("[0-9]*"))))[0] >= KEPT:
         return None
     try:
         save_replay(folder, module, record)

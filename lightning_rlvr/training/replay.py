@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_rlvr.models import finish_model
 from lightning_rlvr.models.lora import save_model
+from lightning_rlvr.training.gathering import on_first_rank
 from lightning_rlvr.types import Rollouts, UserError
 
 if TYPE_CHECKING:
@@ -36,22 +37,23 @@ class Replay(NamedTuple):
 def save_replay(folder: Path, module: RLVRModule, record: StepRecord) -> None:
     """Write a rollout batch with the policy before its update, and the reference; the whole folder or none.
 
-    All processes must call it; the first writes.
+    All processes must call it; the first writes the rows of all.
     """
     from safetensors.torch import save_file
 
+    whole = on_first_rank(record)
     models = {"policy": module.policy} | ({} if module.reference is None else {"reference": module.reference})
     states = {name: module.parallel.full_state(model) for name, model in models.items()}
-    if not module.trainer.is_global_zero:
+    if whole is None:
         return
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    rollouts = record.experience.rollouts
+    rollouts = whole.experience.rollouts
     tensors = {name: getattr(rollouts, name) for name in Rollouts.__dataclass_fields__}
-    tensors["score"] = torch.tensor([verdict.score for verdict in record.experience.verdicts], dtype=torch.float32)
-    tensors["row_id"] = record.stats.row_id
-    about = {"group_size": record.group_size, "temperature": module.sampling.temperature}
+    tensors["score"] = torch.tensor([verdict.score for verdict in whole.experience.verdicts], dtype=torch.float32)
+    tensors["row_id"] = whole.stats.row_id
+    about = {"group_size": whole.group_size, "temperature": module.sampling.temperature}
     save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial / "batch.safetensors")
     (partial / "batch.json").write_text(json.dumps(about), encoding="utf-8")
     for name, state in states.items():

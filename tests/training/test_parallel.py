@@ -124,6 +124,22 @@ def on_cpu(stage):
     return OnCPU(stage=stage)
 
 
+@contextmanager
+def nan_on_the_second_rank(rank):
+    """Have the first loss of rank 1 be nan."""
+    from lightning_rlvr.training import update
+
+    compute, calls = update.response_loss, []
+
+    def faulty(*args, **kwargs):
+        calls.append(1)
+        return compute(*args, **kwargs) * (float("nan") if rank == 1 and len(calls) == 1 else 1.0)
+
+    update.response_loss = faulty
+    yield
+    update.response_loss = compute
+
+
 def worker(rank, folder):
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     os.environ["MASTER_PORT"] = (folder / "port").read_text()
@@ -144,6 +160,8 @@ def worker(rank, folder):
         trainer, weights = train(folder / name, **settings)
         if rank == 0:
             torch.save((weights, trainer.logged_metrics), folder / f"{name}.pt")
+    with nan_on_the_second_rank(rank):
+        train(folder / "nan", **two)
     torch.distributed.destroy_process_group()
 
 
@@ -192,6 +210,16 @@ def test_the_policy_did_move(alone):
     start = TinyPolicy().load().model.state_dict()
     assert max(float((alone["plain"][0][name] - weight).abs().max()) for name, weight in start.items()) > 1e-3
     assert max(float(w.abs().max()) for name, w in alone["adapters"][0].items() if "lora_B" in name) > 1e-4
+
+
+def test_a_batch_with_a_nan_on_one_process_is_left_out_and_kept_whole(folder):
+    from lightning_rlvr.training.replay import load_replay
+
+    (kept,) = (folder / "nan" / "failed").iterdir()
+    replay = load_replay(kept)
+    assert kept.name == "000001"
+    assert len(replay.score) == 24
+    assert len(set(replay.row_id.tolist())) == 24
 
 
 def test_processes_skip_the_same_number_of_rows_or_none(folder, alone):

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, cast
 
 import pandas as pd
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_rlvr.ops.covariance import token_covariance
 from lightning_rlvr.store import whole_file
-from lightning_rlvr.training.distributed import gather_stats
 from lightning_rlvr.training.experience import StepObserver, StepRecord
+from lightning_rlvr.training.gathering import on_first_rank
 from lightning_rlvr.types import UserError
 
 if TYPE_CHECKING:
@@ -31,8 +30,7 @@ class TokenLedger(StepObserver):
 
     Columns: uid, response (number in its group), position, token_id, text, class (the last of the plan's classes that
     holds the token, or ""), entropy, logp, ref_logp and covariance (nats; the covariance's means run over the whole
-    rollout batch), advantage (as the plan shaped it), kl_weight, drift_weight, clipped. With several processes these
-    are the rows of the first.
+    rollout batch), advantage (as the plan shaped it), kl_weight, drift_weight, clipped.
 
     Args:
         every_n_batches: write every n-th rollout batch; 0 writes none.
@@ -48,14 +46,12 @@ class TokenLedger(StepObserver):
         """Write the batch if it is its turn."""
         if not self.every_n_batches or record.number % self.every_n_batches:
             return
-        whole, mine = gather_stats(record.stats)  # all ranks take part
-        counted = whole.counted()
-        covariance = token_covariance(whole.logp.flatten()[counted], whole.token_advantage().flatten()[counted])
-        self._write(module, record, clipped, whole.spread(covariance)[mine])
+        whole = on_first_rank((record, clipped))
+        if whole is not None:
+            self._write(module, *whole)
 
-    @rank_zero_only
-    def _write(self, module: RLVRModule, record: StepRecord, clipped: Tensor, covariance: Tensor) -> None:
-        table = ledger_table(record, clipped, covariance[:, : record.stats.mask.shape[1]], module.tokenizer)
+    def _write(self, module: RLVRModule, record: StepRecord, clipped: Tensor) -> None:
+        table = ledger_table(record, clipped, module.tokenizer)
         folder = Path(module.trainer.default_root_dir) / "ledger"
         folder.mkdir(exist_ok=True)
         stem = folder / f"{record.number:06d}"
@@ -67,11 +63,11 @@ class TokenLedger(StepObserver):
             file.write(page.encode())
 
 
-def ledger_table(
-    record: StepRecord, clipped: Tensor, covariance: Tensor, tokenizer: PreTrainedTokenizerBase
-) -> pd.DataFrame:
-    """Return one row for each counted token, by row and position."""
+def ledger_table(record: StepRecord, clipped: Tensor, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+    """Return one row for each counted token, by row and position; `record` is of all ranks."""
     stats, plan = record.stats, record.plan
+    counted = stats.counted()
+    covariance = token_covariance(stats.logp.flatten()[counted], stats.token_advantage().flatten()[counted])
     rows, positions = stats.mask.nonzero(as_tuple=True)
     ids = record.experience.rollouts.response_ids[rows, positions].tolist()
     names = ["", *plan.classes]
@@ -83,7 +79,7 @@ def ledger_table(
         "entropy": stats.entropy,
         "logp": stats.logp,
         "ref_logp": absent if record.ref_logp is None else record.ref_logp,
-        "covariance": covariance,
+        "covariance": stats.spread(covariance),
         "advantage": plan.advantage,
         "kl_weight": plan.kl_weight,
         "drift_weight": torch.zeros_like(stats.logp) if plan.drift_weight is None else plan.drift_weight,

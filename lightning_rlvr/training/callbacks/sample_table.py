@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from lightning_rlvr.training.distributed import gather_on_first
 
 LENGTH = 300  # characters of a text shown in the table
 
@@ -45,12 +47,15 @@ class SampleTable(Callback):
             if len(self._samples) >= self.keep:
                 break
 
-    @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table and write the file."""
+        """Print the table and write the file, of all ranks."""
         if trainer.sanity_checking:
             return
-        samples, self._samples = self._samples[: self.keep], []
+        parts, self._samples = gather_on_first(self._samples[: self.keep]), []
+        if parts is None:
+            return
+        in_turns = chain.from_iterable(zip_longest(*parts))
+        samples = [sample for sample in in_turns if sample is not None][: self.keep]
         step = trainer.global_step
         Console().print(sample_table(samples[: self.rows], f"held-out samples at step {step}"))
         with (Path(trainer.default_root_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:

@@ -13,8 +13,7 @@ from lightning_rlvr.types import UserError
 class SaveRollouts(StepObserver):
     """Writes rollout batches, with the policy before its update, to rollouts/ in the run's folder.
 
-    `python -m lightning_rlvr compare` replays them under any objectives. With several processes these are the rows of
-    the first, so quantiles and means of a replay are theirs alone.
+    `python -m lightning_rlvr compare` replays them under any objectives.
 
     Args:
         every_n_batches: write every n-th rollout batch; 0 writes none.
