@@ -72,7 +72,12 @@ class Checkpoint(PolicySource):
     def _file(self) -> Path:
         path = user_path(self.path, "model.policy.init_args.path")
         if not path.is_file():
-            raise UserError(f"path must be a checkpoint file, got {self.path!r}: there is none. Set its path.")
+            found = (
+                "that is a folder of parts; take the run's policy/ as a Pretrained"
+                if path.is_dir()
+                else "there is none"
+            )
+            raise UserError(f"path must be a checkpoint file, got {self.path!r}: {found}. Set its path.")
         return path
 
     def _weights(self) -> dict[str, Any]:

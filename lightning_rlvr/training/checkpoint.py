@@ -1,7 +1,12 @@
-"""Checkpoint files: written whole or not at all, checked when read, and what they must hold to be continued."""
+"""Checkpoints: written whole or not at all, checked when read, and what they must hold to be continued.
+
+They are files; those of DeepSpeed, and of FSDP2 where each process writes its part, are folders.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import struct
 import zipfile
@@ -13,10 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_rlvr.store import whole_file
+from lightning_rlvr.store import sync_folder, whole_file
 from lightning_rlvr.types import UserError
 
 # Attributes of the module that are saved.
@@ -29,6 +35,7 @@ COUNTS = (
     "recording_agrees",
 )
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+ABOUT = "about.json"  # in a folder: what `Found` holds of it
 UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError, UnpicklingError)
 
 
@@ -66,8 +73,29 @@ class CheckpointFiles(TorchCheckpointIO):
         raise UserError(f"the checkpoint {path} cannot be read: {fault}. Set ckpt_path to another, or to last.")
 
 
+def writes_folders(strategy: Strategy) -> bool:
+    """Whether the checkpoints of a strategy are folders, in which each process writes its part."""
+    parts = isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
+    return parts or isinstance(strategy, DeepSpeedStrategy)
+
+
+def place_folder(partial: Path, path: Path, rollouts_done: int, log_lines: Mapping[str, int]) -> None:
+    """Let a folder that all processes have written be a checkpoint; the last.ckpt before it is kept."""
+    (partial / ABOUT).write_text(json.dumps({"rollouts_done": rollouts_done, "log_lines": log_lines}), encoding="utf-8")
+    for file in (entry for entry in partial.rglob("*") if entry.is_file()):
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+    previous = path.with_name(PREVIOUS)
+    if path.name == LAST and path.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        path.rename(previous)
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+    sync_folder(path.parent)
+
+
 class Found(NamedTuple):
-    """A checkpoint to continue from: its file, the rollout batches trained, and the lines that each log had then."""
+    """A checkpoint to continue from: its place, the rollout batches trained, and the lines that each log had then."""
 
     path: Path
     rollouts_done: int
@@ -75,7 +103,9 @@ class Found(NamedTuple):
 
 
 def damage(path: Path) -> str | None:
-    """Say what is wrong with a checkpoint file, None if it reads as it was written."""
+    """Say what is wrong with a checkpoint file, None if it reads as it was written. A folder's parts are not read."""
+    if path.is_dir():
+        return None
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
@@ -92,6 +122,9 @@ def newest_checkpoint(folder: Path) -> Found | None:
     found, faults = [], {}
     for path in sorted(folder.glob("*.ckpt")):
         try:
+            if path.is_dir():
+                found.append(Found(path, **json.loads((path / ABOUT).read_text(encoding="utf-8"))))
+                continue
             stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             if "optimizer_states" in stored:
                 found.append(Found(path, stored["rollouts_done"], stored["log_lines"]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -185,12 +186,38 @@ class ZeRO(Parallel):
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """`--trainer.strategy fsdp2`: weights are shared out over all processes; a checkpoint is one file."""
+    """`--trainer.strategy fsdp2`: weights are shared out over all processes.
+
+    A checkpoint is one file, or with `save_distributed_checkpoint` (the class's default) a folder into which each
+    process writes its part.
+    """
 
     def setup_environment(self) -> None:
         """Let no two processes hold the same part."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint; of one in parts what it holds: what is trained, where Lightning asks for all weights."""
+        path = Path(self.broadcast(checkpoint_path))
+        if not path.is_dir():
+            return super().load_checkpoint(path, weights_only)
+        from torch.distributed import checkpoint as parts
+        from torch.distributed.checkpoint import state_dict as states
+
+        module = self.lightning_module
+        assert module is not None
+        held = parts.FileSystemReader(path).read_metadata().state_dict_metadata
+        named = states.get_model_state_dict(module)
+        weights: dict[str, Any] = {k: weight for k, weight in named.items() if f"state_dict.{k}" in held}
+        parts.load({"state_dict": weights}, checkpoint_id=path)
+        module.load_state_dict(weights, strict=False)
+        for number, optimizer in enumerate(self.optimizers):
+            state = {f"optimizer_{number}": states.get_optimizer_state_dict(module, optimizer)}
+            parts.load(state, checkpoint_id=path)
+            (moments,) = state.values()
+            states.set_optimizer_state_dict(module, optimizer, optim_state_dict=moments)
+        return dict(torch.load(path / "meta.pt", map_location="cpu", weights_only=True))
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, save_distributed_checkpoint=False)
@@ -207,6 +234,12 @@ def parallel_of(module: RLVRModule) -> Parallel:
                 f"tensor_parallel_size must be 1, got {mesh['tensor_parallel'].size()}: weights are shared out over "
                 "processes that each have their own questions. Set trainer.strategy to fsdp2, or data_parallel_size "
                 "to the number of processes."
+            )
+        if strategy._save_distributed_checkpoint and not isinstance(strategy, FSDP2Strategy):
+            raise UserError(
+                "save_distributed_checkpoint must be false for ModelParallelStrategy, got true: it cannot read back "
+                "checkpoints that leave out the frozen reference. Set it, or trainer.strategy to "
+                "lightning_rlvr.training.parallel.FSDP2Strategy."
             )
         for model in (module.policy, module.reference):
             if model is not None:

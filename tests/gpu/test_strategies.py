@@ -28,6 +28,10 @@ LORA = {
 RUNS = {
     "one": {},
     "fsdp2": {"trainer.strategy": "fsdp2"},
+    "fsdp2_parts": {
+        "trainer.strategy": "lightning_rlvr.training.parallel.FSDP2Strategy",
+        "trainer.strategy.init_args.save_distributed_checkpoint": "true",
+    },
     "fsdp2_bf16": {"trainer.strategy": "fsdp2", "trainer.precision": "bf16-mixed"},
     "deepspeed_stage_2": {"trainer.strategy": "deepspeed_stage_2", "trainer.precision": "bf16-mixed"},
     "deepspeed_stage_3": {"trainer.strategy": "deepspeed_stage_3", "trainer.precision": "bf16-mixed"},

@@ -39,7 +39,8 @@ def train(
     from lightning_rlvr.curriculum import Curriculum
     from lightning_rlvr.objectives import SENT
     from lightning_rlvr.training import RLVRDataModule, RLVRModule
-    from lightning_rlvr.training.callbacks import ExportPolicy
+    from lightning_rlvr.training.callbacks import ExportPolicy, RunCheckpoints, RunFolder
+    from lightning_rlvr.training.checkpoint import newest_checkpoint
     from lightning_rlvr.types import Sampling
 
     module = RLVRModule(
@@ -69,15 +70,14 @@ def train(
         strategy=strategy,
         default_root_dir=folder,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[ExportPolicy()],
+        callbacks=[RunFolder(), ExportPolicy(), RunCheckpoints(save_last=True, save_top_k=0, every_n_train_steps=1)],
         **settings,
     )
-    trainer.fit(module, data, ckpt_path=resume)
-    trainer.save_checkpoint(folder / "last.ckpt")
+    found = None if resume is None else newest_checkpoint(resume / "checkpoints")
+    trainer.fit(module, data, ckpt_path=None if found is None else found.path)
     return trainer, {name: weight.clone() for name, weight in module.parallel.full_state(module.policy).items()}
 
 
@@ -124,6 +124,13 @@ def on_cpu(stage):
     return OnCPU(stage=stage)
 
 
+def in_parts():
+    """FSDP2 whose checkpoints are folders."""
+    from lightning_rlvr.training.parallel import FSDP2Strategy
+
+    return FSDP2Strategy(save_distributed_checkpoint=True)
+
+
 @contextmanager
 def nan_on_the_second_rank(rank):
     """Have the first loss of rank 1 be nan."""
@@ -149,12 +156,14 @@ def worker(rank, folder):
         "fsdp2": two,
         "dynamic": two | DYNAMIC,
         "half": two | anew | {"updates": 2},
-        "rest": two | anew | {"resume": folder / "half" / "last.ckpt"},
+        "rest": two | anew | {"resume": folder / "half"},
+        "parts_half": two | {"strategy": in_parts(), "updates": 2},
+        "parts": two | {"strategy": in_parts(), "resume": folder / "parts_half"},
         "adapters": two | adapted(recompute=True),
         "bf16": two | {"precision": "bf16-mixed", "updates": 1},
         "zero2": {"processes": 2, "strategy": on_cpu(2)},
         "zero3_half": {"processes": 2, "strategy": on_cpu(3), "updates": 2} | anew,
-        "zero3": {"processes": 2, "strategy": on_cpu(3), "resume": folder / "zero3_half" / "last.ckpt"} | anew,
+        "zero3": {"processes": 2, "strategy": on_cpu(3), "resume": folder / "zero3_half"} | anew,
     }
     for name, settings in runs.items():
         trainer, weights = train(folder / name, **settings)
@@ -189,7 +198,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("name", "one"),
-    [(name, "plain") for name in ("ddp", "fsdp2", "rest", "zero2", "zero3")]
+    [(name, "plain") for name in ("ddp", "fsdp2", "rest", "parts", "zero2", "zero3")]
     + [(name, name) for name in ("dynamic", "adapters")],
 )
 def test_two_processes_train_what_one_trains(folder, alone, name, one):
@@ -231,7 +240,7 @@ def test_processes_skip_the_same_number_of_rows_or_none(folder, alone):
 
 def test_a_checkpoint_holds_what_is_trained(folder, alone):
     for name in ("fsdp2", "adapters"):
-        stored = torch.load(folder / name / "last.ckpt", weights_only=True)["state_dict"]
+        stored = torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         trained = [key for key in torch.load(folder / f"{name}.pt")[0] if name == "fsdp2" or "lora_" in key]
         assert sorted(stored) == sorted(f"policy.{key}" for key in trained)
 
@@ -332,9 +341,13 @@ def test_tensor_parallelism_is_refused():
         parallel_of(SimpleNamespace(_trainer=SimpleNamespace(strategy=strategy)))
 
 
-if __name__ == "__main__":
-    sys.path.append(str(TESTS))
-    worker(int(sys.argv[1]), Path(sys.argv[2]))
+def test_a_strategy_that_could_not_read_its_checkpoints_is_refused():
+    from lightning_rlvr.training.parallel import parallel_of
+
+    strategy = ModelParallelStrategy(2, 1)
+    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 1)}
+    with pytest.raises(UserError, match=r"save_distributed_checkpoint must be false.*FSDP2Strategy"):
+        parallel_of(SimpleNamespace(_trainer=SimpleNamespace(strategy=strategy)))
 
 
 def test_deepspeed_cannot_leave_an_update_out():
@@ -342,3 +355,8 @@ def test_deepspeed_cannot_leave_an_update_out():
 
     with pytest.raises(UserError, match="cannot be left out under DeepSpeed"):
         ZeRO(SimpleNamespace()).drop(SimpleNamespace())
+
+
+if __name__ == "__main__":
+    sys.path.append(str(TESTS))
+    worker(int(sys.argv[1]), Path(sys.argv[2]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -17,7 +18,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from lightning_rlvr.training.checkpoint import LAST
+from lightning_rlvr.training.callbacks.run_folder import log_lines
+from lightning_rlvr.training.checkpoint import LAST, place_folder, writes_folders
 from lightning_rlvr.training.distributed import gather_objects, largest
 from lightning_rlvr.training.random_state import random_state, set_random_state
 
@@ -116,6 +118,24 @@ class RunCheckpoints(ModelCheckpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the random generators, to be set when the next batch begins."""
         self._random = checkpoint["random"]
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Have what a strategy writes as a folder, too, take its place when it is whole."""
+        if not writes_folders(trainer.strategy):
+            super()._save_checkpoint(trainer, filepath)
+            return
+        path = Path(filepath)
+        partial = path.with_name(f".{path.name}.partial")
+        if trainer.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+        trainer.strategy.barrier()
+        super()._save_checkpoint(trainer, str(partial))
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            done = cast("RLVRModule", trainer.lightning_module).rollouts_done
+            place_folder(partial, path, done, log_lines(Path(trainer.default_root_dir)))
+        trainer.strategy.barrier()
+        self._last_checkpoint_saved = filepath
 
     # --- when and what ---------------------------------------------------------------------------
 

@@ -45,8 +45,7 @@ class RunFolder(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note how long the logs are, once that is on the disk."""
-        paths = [Path(trainer.default_root_dir) / name for name in LOGS] if trainer.is_global_zero else []
-        checkpoint["log_lines"] = {path.name: _synced_lines(path) for path in paths if path.exists()}
+        checkpoint["log_lines"] = log_lines(Path(trainer.default_root_dir)) if trainer.is_global_zero else {}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let others have the folder."""
@@ -68,6 +67,12 @@ def hold(folder: Path) -> IO[str]:
         file.close()
         raise UserError(f"another process is at work in {folder}. Wait for it, or set run_dir.") from error
     return file
+
+
+def log_lines(folder: Path) -> dict[str, int]:
+    """Return how many lines each log of a run has, once they are on the disk."""
+    paths = [folder / name for name in LOGS]
+    return {path.name: _synced_lines(path) for path in paths if path.exists()}
 
 
 def cut(path: Path, lines: int) -> None:
