@@ -67,11 +67,27 @@ def write_benchmark(path: Path, size: int, start: int = 1_000_000) -> str:
     return str(path)
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def two_processes(script: str, folder: Path) -> None:
-    """Run a script as two processes, each given its rank and the folder; idle machines take half a minute for it."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    """Run a script as two processes, each given its rank and the folder; idle machines take half a minute for it.
+
+    Where they make a Lightning Trainer of two devices, they are its two.
+    """
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
-        subprocess.Popen([sys.executable, script, str(rank), str(folder)], env=env, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(folder)],
+            env=env | {"LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in (0, 1)
     ]
     try:
@@ -117,9 +133,7 @@ def opened(page: Path, choice: str, folder: Path) -> str:
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[str]:
     """Run `transformers serve` on the model in a folder; give the url of its API."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     serve = "from transformers.cli.transformers import main; main()"
     command = [sys.executable, "-c", serve, "serve", str(folder), "--port", str(port), "--device", "cpu"]
     with tempfile.TemporaryFile("w+") as log:

@@ -1,7 +1,5 @@
 """vLLM in each of two processes that train together. As a script, this file is one of the two."""
 
-import os
-import socket
 import sys
 from pathlib import Path
 
@@ -24,8 +22,6 @@ def trained(folder, **more):
 
 
 def worker(rank, folder):
-    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    os.environ["MASTER_PORT"] = (folder / "port").read_text()
     for strategy in STRATEGIES:
         result = trained(folder / strategy, strategy=strategy, processes=2)
         if rank == 0:
@@ -40,9 +36,6 @@ def folder(tmp_path_factory):
     from support import two_processes  # not where this file runs as a script
 
     folder = tmp_path_factory.mktemp("two_processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        (folder / "port").write_text(str(free.getsockname()[1]))
     two_processes(__file__, folder)
     return folder
 

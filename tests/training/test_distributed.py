@@ -1,7 +1,6 @@
 """Statistics over ranks. Run as a script, this file is one of two processes that train together."""
 
 import importlib.util
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -74,7 +73,6 @@ def all_rows():
 
 
 def worker(rank, folder):
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     distributed = load_distributed()
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     stats = stats_of(rank)

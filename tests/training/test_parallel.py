@@ -1,7 +1,5 @@
 """Strategies on two processes against one process. As a script, this file is one of the two."""
 
-import os
-import socket
 import sys
 from contextlib import contextmanager
 from functools import partial
@@ -148,8 +146,6 @@ def nan_on_the_second_rank(rank):
 
 
 def worker(rank, folder):
-    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    os.environ["MASTER_PORT"] = (folder / "port").read_text()
     two, anew = {"processes": 2, "strategy": "fsdp2"}, {"recompute_logp": True}  # a pass of its own before training's
     runs = {
         "ddp": {"processes": 2, "strategy": "ddp"},
@@ -180,9 +176,6 @@ def folder(tmp_path_factory):
     from support import two_processes  # not where this file runs as a script
 
     folder = tmp_path_factory.mktemp("two_processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        (folder / "port").write_text(str(free.getsockname()[1]))
     two_processes(__file__, folder)
     return folder
 

@@ -5,7 +5,6 @@ that both share.
 """
 
 import importlib.util
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -146,7 +145,6 @@ def train(objective, stats, tokens, gather, micro_batch):
 
 
 def worker(rank, folder):
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     gather = load_distributed().gather_stats
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     stats, tokens = data_of(rank)

@@ -3,7 +3,6 @@
 As a script, this file is one of two processes that train together, their gradients averaged as Lightning does it.
 """
 
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -118,7 +117,6 @@ def other_policy(rank):
 
 
 def worker(rank, folder):
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     out = {
         "well": update(rank, folder),
