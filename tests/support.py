@@ -1,7 +1,9 @@
 """A tiny policy, task and reward, and a cut-down quickstart: what tests of several rooms share."""
 
 import contextlib
+import multiprocessing.connection
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -74,29 +76,64 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def two_processes(script: str, folder: Path) -> None:
-    """Run a script as two processes, each given its rank and the folder; idle machines take half a minute for it.
+_WARM = multiprocessing.get_context("forkserver")
+_WARM.set_forkserver_preload(["lightning_rlvr.cli"])  # imported once for all processes, which are forks
 
-    Where they make a Lightning Trainer of two devices, they are its two.
-    """
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+def _become(rank: int, port: int, script: str, words: list[str], environment: dict[str, str], log: Path) -> None:
+    """Be one of two processes: run a script with these words, or the program if there is none."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from lightning_rlvr.__main__ import main
+
+    out = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.environ |= environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+    rank_zero_only.rank = rank
+    torch.set_num_threads(1)
+    if script:
+        sys.argv = [script, *words]
+        runpy.run_path(script, run_name="__main__")
+    else:
+        main(words)
+
+
+def _two(script: str, words: list[list[str]], environment: dict[str, str], logs: Path) -> list[tuple[int, str]]:
+    """Run two processes; return what each exited with and said. Who outlives a killed one for long is killed."""
+    port, files = free_port(), [logs / f"{rank}.log" for rank in (0, 1)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), str(folder)],
-            env=env | {"LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        _WARM.Process(target=_become, args=(rank, port, script, words[rank], environment, files[rank]))
         for rank in (0, 1)
     ]
     try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
+        for process in processes:
+            process.start()
+        multiprocessing.connection.wait([process.sentinel for process in processes], timeout=240)
+        for process in processes:
+            process.join(20)
     finally:
         for process in processes:
             process.kill()
-            process.wait()
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(errors)
+            process.join()
+    return [(process.exitcode, file.read_text()) for process, file in zip(processes, files, strict=True)]
+
+
+def two_processes(script: str, folder: Path) -> None:
+    """Run a script as two processes, each given its rank and the folder.
+
+    Where they make a Lightning Trainer of two devices, they are its two.
+    """
+    with tempfile.TemporaryDirectory() as logs:
+        ended = _two(script, [[str(rank), str(folder)] for rank in (0, 1)], {"GLOO_SOCKET_IFNAME": "lo"}, Path(logs))
+    assert [code for code, _ in ended] == [0, 0], "\n".join(said for _, said in ended)
+
+
+def two_ranks(cache: Path, *words: str, die_at: int | None = None) -> tuple[int, str]:
+    """Run the program on two ranks, this module at hand; return what the first exited with and said."""
+    environment = {"LIGHTNING_RLVR_CACHE": str(cache)} | ({} if die_at is None else {"DIE_AT": str(die_at)})
+    with tempfile.TemporaryDirectory() as logs:
+        return _two("", [list(words)] * 2, environment, Path(logs))[0]
 
 
 def exact(model: torch.nn.Module) -> torch.nn.Module:

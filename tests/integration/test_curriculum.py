@@ -6,7 +6,7 @@ import signal
 import pandas as pd
 import pytest
 import torch
-from support import ROOT, arguments, command_line
+from support import ROOT, arguments, two_ranks
 
 from benchmarks.kill import outcome
 from lightning_rlvr.__main__ import main
@@ -46,13 +46,13 @@ def test_scores_of_a_killed_run_of_two_ranks_are_those_of_one_that_lived(vowels,
     file = tmp_path / "a.parquet"
     settings = {**MORTAL, **TWO, "data__scoring__prompts_per_batch": 3, "output": file}
     words = arguments("score", tmp_path / "run", **settings)
-    killed = command_line(cache, *words, die_at=3)
-    assert killed.returncode != 0
+    code, _ = two_ranks(cache, *words, die_at=3)
+    assert code == -signal.SIGKILL
     assert not file.exists()
     kept = sorted(p.name for p in (tmp_path / "a.parquet.parts").glob("*.parquet"))
     assert kept == [f"{rank:04d}-{part:06d}.parquet" for rank in (0, 1) for part in (0, 1)]
-    done = command_line(cache, *words, die_at=2)  # one batch is left for each rank
-    assert done.returncode == 0, done.stderr
+    code, said = two_ranks(cache, *words, die_at=2)  # one batch is left for each rank
+    assert code == 0, said
     assert file.read_bytes() == whole.read_bytes()
     assert "semantic entropy" in file.with_suffix(".html").read_text()
 
@@ -60,8 +60,8 @@ def test_scores_of_a_killed_run_of_two_ranks_are_those_of_one_that_lived(vowels,
 def test_a_crash_in_the_second_stage_changes_neither_order_nor_result(vowels, tmp_path):
     cache, _ = vowels
     words = arguments("fit", tmp_path / "whole", **{**MORTAL, **TWO, **THREE_STAGES})
-    done = command_line(cache, *words)
-    assert done.returncode == 0, done.stderr
+    code, said = two_ranks(cache, *words)
+    assert code == 0, said
     whole = order(tmp_path / "whole")
     assert [(line["stage"], line["epoch"]) for line in whole] == [(i // 4, i % 4 // 2) for i in range(12)]
     uids = [uid for line in whole for uid in line["uids"]]
@@ -71,12 +71,12 @@ def test_a_crash_in_the_second_stage_changes_neither_order_nor_result(vowels, tm
     consumed = [{uid for line in whole if line["stage"] == s for uid in line["uids"]} for s in range(3)]
     assert consumed != [set(stage) for stage in stages], "never re-ordered"
 
-    killed = command_line(cache, *arguments("fit", tmp_path / "dead", **{**MORTAL, **TWO, **THREE_STAGES}), die_at=6)
-    assert killed.returncode == -signal.SIGKILL
+    words = arguments("fit", tmp_path / "dead", **{**MORTAL, **TWO, **THREE_STAGES})
+    assert two_ranks(cache, *words, die_at=6)[0] == -signal.SIGKILL
     assert order(tmp_path / "dead")[-1]["stage"] == 1
     words = ["fit", "--config", str(tmp_path / "dead" / "config.yaml"), "--ckpt_path", "last"]
-    done = command_line(cache, *words)
-    assert done.returncode == 0, done.stderr
+    code, said = two_ranks(cache, *words)
+    assert code == 0, said
     assert outcome(tmp_path / "dead") == outcome(tmp_path / "whole")
     results = [torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True) for run in ("whole", "dead")]
     for name, weight in results[0]["state_dict"].items():
