@@ -15,11 +15,11 @@ from lightning_rlvr.types import UserError
 
 
 def check_batch_size(batch_size: int, world: int) -> None:
-    """Raise UserError if a batch has not a question for each of `world` processes."""
-    if batch_size < world:
+    """Raise UserError if the questions of a batch cannot be shared out evenly among `world` processes."""
+    if batch_size < 1 or batch_size % world:
         raise UserError(
-            f"prompts_per_batch must be at least the number of processes ({world}), got {batch_size}: "
-            "each needs a question. Set data.prompts_per_batch."
+            f"prompts_per_batch must be a multiple of the number of processes ({world}), got {batch_size}: each trains "
+            "on as many questions. Set data.prompts_per_batch or trainer.devices."
         )
 
 
@@ -70,8 +70,8 @@ class CurriculumSampler(Sampler[list[int]]):
             for epoch in range(count):
                 order = np.random.default_rng([seed, 1, stage, epoch]).permutation(questions)
                 order = order[: len(order) - len(order) % world]
-                step = batch_size - batch_size % world
-                self.batches += [Batch(stage, epoch, order[i : i + step].tolist()) for i in range(0, len(order), step)]
+                starts = range(0, len(order), batch_size)
+                self.batches += [Batch(stage, epoch, order[i : i + batch_size].tolist()) for i in starts]
         self.start = start % len(self.batches)
         self._planned = _digest(repr([tuple(batch) for batch in self.batches]))
 

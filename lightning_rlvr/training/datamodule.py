@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -129,14 +130,21 @@ class RLVRDataModule(LightningDataModule):
     def _check(self, stage: str, module: RLVRModule) -> None:
         """Find what the settings ask of the questions and cannot have: done once, on one process.
 
-        Raises: UserError that names the key, if pass@k asks for more samples than there are, stages for more questions,
-            or the score file is another model's.
+        Raises: UserError that names the key, if pass@k asks for more samples than there are, processes or stages for
+            more questions, or the score file is another model's.
         """
         if stage in ("fit", "validate", "test") and max(module.pass_at, default=1) > self.eval_samples:
             raise UserError(
                 f"pass@k needs at least k samples a question, got k={max(module.pass_at)} and {self.eval_samples} "
                 "samples. Set data.eval_samples or model.pass_at."
             )
+        world = self._trainer().world_size
+        for split in SPLITS_OF[stage]:
+            if split != "train" and len(self.questions.get(split, range(world))) < world:
+                raise UserError(
+                    f"data.{split} must have a question for each process ({world}), got {len(self.questions[split])}. "
+                    f"Set data.{split} or trainer.devices."
+                )
         if stage == "fit":
             self._check_curriculum(module)
             self.curriculum.check(len(self.questions["train"]))
@@ -149,8 +157,14 @@ class RLVRDataModule(LightningDataModule):
                 rank_zero_warn(f"{len(shared)} held-out questions are also training questions: {min(shared)!r}, ...")
 
     def _check_curriculum(self, module: RLVRModule) -> None:
-        scoring, curriculum = self.scoring, self.curriculum
-        check_batch_size(self.prompts_per_batch, self._trainer().world_size)
+        scoring, curriculum, trainer = self.scoring, self.curriculum, self._trainer()
+        check_batch_size(self.prompts_per_batch, trainer.world_size)
+        limit = trainer.limit_train_batches
+        if trainer.max_epochs != 1 and not (isinstance(limit, float) and limit == 1):
+            raise UserError(
+                f"limit_train_batches must be 1.0 with max_epochs {trainer.max_epochs}, got {limit}: each epoch would "
+                "begin the curriculum anew. Set trainer.max_steps instead."
+            )
         stored, fresh = (scoring.samples, scoring.temperature), (self.group_size, module.sampling.temperature)
         if curriculum.adaptive is not None and curriculum.order != "pass_rate" and stored != fresh:
             raise UserError(
@@ -281,10 +295,12 @@ class RLVRDataModule(LightningDataModule):
         return self._eval_loader("test")
 
     def _eval_loader(self, split: Split) -> DataLoader[Prompt]:
-        trainer = self._trainer()
-        mine = cast("Dataset[Prompt]", self.questions[split][trainer.global_rank :: trainer.world_size])
-        collate = partial(PromptBatch, samples=self.eval_samples)
-        return DataLoader(mine, batch_size=self.eval_prompts_per_batch, collate_fn=collate)
+        trainer, questions = self._trainer(), self.questions[split]
+        least, uneven = divmod(len(questions), trainer.world_size)
+        mine = cast("Dataset[Prompt]", questions[trainer.global_rank :: trainer.world_size])
+        # Processes gather weights in parts together: who has a question more must not have a batch more.
+        size = next(n for n in itertools.count(self.eval_prompts_per_batch) if not uneven or least % n)
+        return DataLoader(mine, batch_size=size, collate_fn=partial(PromptBatch, samples=self.eval_samples))
 
 
 def datamodule_of(trainer: Trainer) -> RLVRDataModule:

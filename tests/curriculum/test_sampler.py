@@ -17,7 +17,7 @@ CUTS = st.tuples(
     st.lists(st.integers(1, 9), min_size=1, max_size=3),  # sizes of stages
     st.integers(1, 3),  # epochs
     st.integers(1, 3),  # world
-    st.integers(0, 6),  # batch size above world
+    st.integers(1, 4),  # questions of a rank in a batch
     st.integers(0, 9),  # seed
 )
 
@@ -36,11 +36,11 @@ def passes(order, stages, epochs):
 @settings(max_examples=60, deadline=None)
 @given(CUTS)
 def test_ranks_share_out_each_pass_stage_after_stage(cut):
-    sizes, epochs, world, extra, seed = cut
+    sizes, epochs, world, share, seed = cut
     assume(min(sizes) >= world)
     names = np.random.default_rng(seed).permutation(sum(sizes))
     stages = np.split(names, np.cumsum(sizes)[:-1])
-    size = world + extra
+    size = world * share
     ranks = [sampler(stages, epochs, size, seed, rank, world) for rank in range(world)]
     whole = sampler(stages, epochs, size, seed)
     order = [whole.batch(i).stage for i in range(len(whole))]
@@ -54,7 +54,7 @@ def test_ranks_share_out_each_pass_stage_after_stage(cut):
         seen = []
         for shares in zip(*(batches for _, batches in group), strict=True):
             assert len({len(s) for s in shares}) == 1  # ranks work equally much
-            assert 1 <= len(shares[0]) <= size // world
+            assert 1 <= len(shares[0]) <= share
             seen += [q for share in shares for q in share]
         assert len(seen) == len(set(seen)) == sizes[stage] - sizes[stage] % world
         assert set(seen) <= set(stages[stage].tolist())
@@ -63,12 +63,12 @@ def test_ranks_share_out_each_pass_stage_after_stage(cut):
 @settings(max_examples=40, deadline=None)
 @given(CUTS, st.integers(0, 30))
 def test_start_continues_exactly(cut, start):
-    sizes, epochs, world, extra, seed = cut
+    sizes, epochs, world, share, seed = cut
     assume(min(sizes) >= world)
     stages = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
     for rank in range(world):
-        full = sampler(stages, epochs, world + extra, seed, rank, world)
-        rest = sampler(stages, epochs, world + extra, seed, rank, world, start)
+        full = sampler(stages, epochs, world * share, seed, rank, world)
+        rest = sampler(stages, epochs, world * share, seed, rank, world, start)
         assert list(rest) == list(full)[start % len(full) :]
         assert list(rest) == list(full)  # the next time round, the curriculum is whole again
         assert len(rest) == len(full)
@@ -101,11 +101,6 @@ def test_two_ranks_split_the_batches_of_one():
         assert set(a) | set(b) == set(batch)
 
 
-def test_a_batch_size_that_ranks_cannot_share_is_rounded_down():
-    a, b = ([len(x) for x in sampler([np.arange(8)], 1, 5, 0, rank, 2)] for rank in (0, 1))
-    assert a == b == [2, 2]
-
-
 def test_a_remainder_left_out_of_one_pass_is_in_another():
     ranks = [list(sampler([np.arange(5)], 8, 2, 0, rank, 2)) for rank in (0, 1)]
     passes_ = [[q for rank in ranks for b in rank[2 * k : 2 * k + 2] for q in b] for k in range(8)]
@@ -115,9 +110,11 @@ def test_a_remainder_left_out_of_one_pass_is_in_another():
     assert set.union(*map(set, passes_)) == set(range(5))
 
 
-def test_each_process_needs_a_question():
-    with pytest.raises(UserError, match=r"at least the number of processes \(4\), got 3.*Set data\.prompts_per_batch"):
-        sampler(STAGES, 1, 3, 0, rank=0, world=4)
+@pytest.mark.parametrize("size", [0, 3, 6])
+def test_each_process_needs_as_many_questions(size):
+    match = rf"multiple of the number of processes \(4\), got {size}.*Set data\.prompts_per_batch"
+    with pytest.raises(UserError, match=match):
+        sampler(STAGES, 1, size, 0, rank=0, world=4)
 
 
 def test_the_callers_stages_are_left_alone():
@@ -205,17 +202,17 @@ def test_what_turned_out_disputed_waits_and_what_turned_out_agreed_comes_sooner(
     st.lists(st.integers(2, 9), min_size=1, max_size=3),
     st.integers(2, 4),
     st.integers(1, 3),
-    st.integers(0, 5),
+    st.integers(1, 4),
     st.integers(1, 4),
     st.integers(0, 99),
 )
-def test_every_visit_is_paid_and_none_twice_in_a_pass(sizes, epochs, world, extra, every, seed):
+def test_every_visit_is_paid_and_none_twice_in_a_pass(sizes, epochs, world, share, every, seed):
     size = max(sizes)
     sizes = [size] * len(sizes)  # equal stages: visits are kept exactly
     assume(size >= world and size % world == 0)
     stages = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
     rng = np.random.default_rng(seed)
-    order = adaptive(stages, epochs, world + extra, rng.normal(size=sum(sizes)), every=every, seed=seed, world=world)
+    order = adaptive(stages, epochs, world * share, rng.normal(size=sum(sizes)), every=every, seed=seed, world=world)
     shape = [(b.stage, b.epoch, len(b.questions)) for b in order.batches]
     consumed = train(order, rng)
     assert [(b.stage, b.epoch, len(b.questions)) for b in consumed] == shape

@@ -55,8 +55,9 @@ def train(
     )
     data = RLVRDataModule(
         train=Counting(24),
-        val=Counting(2, 24),  # looked at before training, in inference mode
+        val=Counting(3, 24),  # looked at before training, in inference mode; one process has more than the other
         eval_samples=1,
+        eval_prompts_per_batch=1,
         prompts_per_batch=6,
         group_size=4,
         curriculum=Curriculum(order="shuffled", stages=1),
