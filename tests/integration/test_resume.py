@@ -136,16 +136,23 @@ SLURM = {
 }
 
 
+@pytest.fixture
+def queue(whole, tmp_path):
+    """A Slurm job whose `scontrol` writes down what it is asked."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/queued\n')
+    scontrol.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**SLURM, "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}.items():
+            patch.setenv(name, value)
+        yield
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_run_that_is_preempted_saves_and_ends_as_if_it_had_not_been(number, whole, tmp_path, monkeypatch):
-    queue = tmp_path / "bin" / "scontrol"
-    queue.parent.mkdir()
-    queue.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/queued\n')
-    queue.chmod(0o755)
+def test_a_run_that_is_preempted_saves_and_ends_as_if_it_had_not_been(number, queue, whole, tmp_path, monkeypatch):
     words = [*arguments("fit", tmp_path / "run", **ALL), "--ckpt_path", "last"]  # the same, begun or gone on with
     with monkeypatch.context() as patch:
-        for name, value in {**SLURM, "PATH": f"{queue.parent}:{os.environ['PATH']}"}.items():
-            patch.setenv(name, value)
         step, calls = RLVRModule.training_step, iter(range(1, 100))
 
         def asked(*args):
@@ -161,6 +168,17 @@ def test_a_run_that_is_preempted_saves_and_ends_as_if_it_had_not_been(number, wh
     assert signal.getsignal(number) is signal.SIG_DFL
     main(words)
     assert outcome(tmp_path / "run") == outcome(whole)
+
+
+def test_a_job_that_is_preempted_before_training_is_queued_again(queue, tmp_path, monkeypatch):
+    def asked(*args):
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(RLVRModule, "validation_step", asked)
+    with pytest.raises(SystemExit, match="143"):
+        main(arguments("fit", tmp_path / "run", **ALL))
+    assert (tmp_path / "queued").read_text() == "requeue 1234\n"
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize("piece", DROPPED)
@@ -197,3 +215,25 @@ def test_time_that_is_up_ends_with_a_checkpoint_and_more_time_goes_on(cli, tmp_p
     go_on(run, "--trainer.max_time", "null")
     assert len((run / "order.jsonl").read_text().splitlines()) == 12
     assert json.loads((run / "summary.json").read_text())["optimizer_steps"] == 12
+
+
+def test_a_stop_while_groups_are_collected_waits_for_the_update_they_are_for(whole, tmp_path, monkeypatch):
+    collected = []
+
+    def asked(module, *args):
+        out = step(module, *args)
+        collected.append(module.groups.batches)
+        module.trainer.should_stop |= collected[-1] > 0  # as a time limit does, whenever it is up
+        return out
+
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    settings = {**ALL, "data__val": "null"}  # the end of a run is validated, which draws random numbers
+    main(arguments("fit", alone, **settings))
+    with monkeypatch.context() as patch:
+        step = RLVRModule.training_step
+        patch.setattr(RLVRModule, "training_step", asked)
+        main(arguments("fit", run, **settings))
+    assert collected[-2:] == [1, 0]
+    go_on(run)
+    assert outcome(run) == outcome(alone)
+    assert len(collected) < len((run / "order.jsonl").read_text().splitlines())

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +23,7 @@ from lightning_rlvr.training.callbacks.run_folder import log_lines
 from lightning_rlvr.training.checkpoint import LAST, place_folder, writes_folders
 from lightning_rlvr.training.distributed import gather_objects, largest
 from lightning_rlvr.training.random_state import random_state, set_random_state
+from lightning_rlvr.types import UserError
 
 if TYPE_CHECKING:
     from lightning_rlvr.training.module import RLVRModule
@@ -43,7 +45,8 @@ class RunCheckpoints(ModelCheckpoint):
         super().__init__(*args, **kwargs)
         self._asked = 0  # the signal that asks to stop
         self._requeue: int | None = None  # the signal that also asks to queue the job again
-        self._handlers: dict[int, Any] = {}  # as they were before
+        self._stop_later = False  # whether someone has asked the trainer to stop
+        self._handlers: dict[int, Any] = {}  # those that were before
         self._random: list[dict[str, Any]] | None = None  # of the run that is resumed, by rank
         self._last_epoch_saved = 0
 
@@ -51,19 +54,21 @@ class RunCheckpoints(ModelCheckpoint):
         """Keep Lightning from its signal handlers: they save, and communicate, in the midst of a step."""
         self.dirpath = self.dirpath or str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        if stage != "fit":
+            return
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self._requeue = environment.requeue_signal
+        self._handle(_requeue_at_once, self._requeue)  # while questions are scored and the policy is first validated
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals, where they are ours to handle."""
         super().on_train_start(trainer, pl_module)
         self._last_global_step_saved, self._last_epoch_saved = trainer.global_step, trainer.current_epoch
-        environment = trainer._accelerator_connector.cluster_environment
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            self._requeue = environment.requeue_signal
-        if threading.current_thread() is threading.main_thread():
-            wanted = {signal.SIGINT, signal.SIGTERM, self._requeue} - {None}
-            self._handlers = {number: signal.signal(number, self._ask) for number in cast("set[int]", wanted)}
+        if (self.monitor or "").startswith("val/") and not cast("RLVRModule", pl_module).rollouts_done:
+            self._check_monitor(trainer.callback_metrics)  # of the validation before the first update
+        self._handle(self._ask, signal.SIGINT, signal.SIGTERM, self._requeue)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Save what the last step came to if that is due; stop here if asked."""
@@ -86,14 +91,16 @@ class RunCheckpoints(ModelCheckpoint):
         if asked:
             self._stop(trainer, asked)
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Do not save: the step is not logged."""
+        self._put_off_stop(trainer, cast("RLVRModule", pl_module))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do not save here."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do not save here."""
+        self._put_off_stop(trainer, cast("RLVRModule", pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step."""
@@ -160,8 +167,29 @@ class RunCheckpoints(ModelCheckpoint):
         if self.save_last or last:
             self.last_model_path = str(Path(cast("str", self.dirpath)) / LAST)
             self._save_checkpoint(trainer, self.last_model_path)
+        if not last:
+            self._check_monitor(candidates)
+
+    def _put_off_stop(self, trainer: Trainer, module: RLVRModule) -> None:
+        """Let the trainer stop only where no groups are collected, which a checkpoint does not hold."""
+        if module.groups is not None:
+            self._stop_later |= trainer.should_stop
+            trainer.should_stop = self._stop_later and not module.groups.batches
+
+    def _check_monitor(self, known: Mapping[str, Any]) -> None:
+        if self.monitor is not None and self.monitor not in known:
+            raise UserError(
+                f"checkpoint.monitor must be a metric of the run, got {self.monitor!r}: no checkpoint would be kept by "
+                f"it. There are {', '.join(sorted(known)) or 'none yet (is there data.val?)'}. Set checkpoint.monitor."
+            )
 
     # --- signals ---------------------------------------------------------------------------------
+
+    def _handle(self, handler: Callable[[int, FrameType | None], None], *signals: int | None) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in signals:
+                if number is not None:
+                    self._handlers.setdefault(number, signal.signal(number, handler))
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked and number == signal.SIGINT:
@@ -174,6 +202,7 @@ class RunCheckpoints(ModelCheckpoint):
         rank_zero_info(f"saved {self.last_model_path}: the same command with --ckpt_path last goes on from there")
         if asked == self._requeue:
             requeue()
+            trainer.strategy.barrier()  # a process that ends may have Slurm end the others
         if not trainer.is_global_zero and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
             raise SystemExit(0)  # else the first rank is killed before it has said how it ended
         if asked == signal.SIGINT:
@@ -187,6 +216,13 @@ def requeue() -> None:
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
     subprocess.run(["scontrol", "requeue", job], check=True)
+
+
+@rank_zero_only
+def _requeue_at_once(number: int, frame: FrameType | None) -> None:
+    """Have Slurm queue this job again before there is anything to save; the other processes wait for Slurm's end."""
+    requeue()
+    raise SystemExit(PREEMPTED)
 
 
 def between_batches(fit_loop: dict[str, Any], done: int, per_epoch: float) -> None:
