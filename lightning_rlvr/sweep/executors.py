@@ -96,7 +96,7 @@ class Local:
 
 
 class Cluster:
-    """Jobs that `submitit` submits, one for each run. They go on when the sweep ends.
+    """Jobs that `submitit` submits, one of one task for each run. They go on when the sweep ends.
 
     Args:
         setup: what the runs have in common.
@@ -120,6 +120,12 @@ class Cluster:
                 "the jobs of a cluster must have a time limit in minutes: submitit's own is a few, and a run that is "
                 "cut off there waits for the next sweep. Set --submit_parameters '{\"timeout_min\": ...}'."
             )
+        for name, value in parameters.items():
+            if name.removeprefix("slurm_") in ("nodes", "ntasks_per_node", "tasks_per_node") and value != 1:
+                raise UserError(
+                    f"{name} must be 1, got {value}: a job is one task, which starts a process for each of "
+                    "trainer.devices itself. Set --submit_parameters."
+                )
         self._setup = setup
         try:
             self._executor = submitit.AutoExecutor(folder=folder, cluster=cluster)

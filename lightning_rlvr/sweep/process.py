@@ -108,7 +108,7 @@ def start(run: Run, setup: Setup) -> subprocess.Popen[bytes]:
         with state.beside(run, "log").open("ab") as log:
             return subprocess.Popen(
                 [*setup.command(run), *(["--ckpt_path=last"] if goes_on else [])],
-                env={**os.environ, **setup.environment, "PYTHONUNBUFFERED": "1"},
+                env={**_outside_slurm(), **setup.environment, "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -143,6 +143,11 @@ def execute(run: Run, setup: Setup) -> None:
     finish(run, code)
     if code:
         raise RuntimeError(f"{run.name} ended with status {code}:\n{state.last_words(run)}")
+
+
+def _outside_slurm() -> dict[str, str]:
+    """Return the environment without Slurm's, so that Lightning starts the processes of a run itself."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
 
 
 def _move_aside(run: Run, output: Path) -> None:

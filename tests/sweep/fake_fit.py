@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import signal
 import sys
 import time
@@ -12,6 +13,8 @@ import yaml
 
 def main():
     assert sys.argv[1] == "fit"
+    if any(name.startswith("SLURM_") for name in os.environ):
+        sys.exit("Lightning would wait for processes that Slurm started")
     values = dict(text.removeprefix("--").split("=", 1) for text in sys.argv[2:])
     run, behave = Path(values["run_dir"]), values.get("behave", "finish")
     goes_on = values.pop("ckpt_path", None) == "last"

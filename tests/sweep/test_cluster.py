@@ -30,6 +30,7 @@ def test_a_job_that_fails_is_a_run_that_failed(run_sweep, tmp_path, capsys):
     ("options", "message"),
     [
         ({"submit": "local"}, "time limit in minutes"),
+        ({"submit": "local", "submit_parameters": {"timeout_min": 2, "slurm_ntasks_per_node": 4}}, "must be 1, got 4"),
         ({"submit": "nowhere", "submit_parameters": {"timeout_min": 2}}, "submitit refuses.*nowhere"),
         ({"submit": "local", "submit_parameters": {"timeout_min": 2, "slurm_nix": 1}}, "submitit refuses.*nix"),
     ],

@@ -50,6 +50,11 @@ def test_all_runs_are_done_once(run_sweep, out):
     assert records(out) == first
 
 
+def test_in_a_slurm_job_a_run_starts_its_processes_itself(run_sweep, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert run_sweep(seeds=[1], variants={"one": {}})
+
+
 def test_a_new_seed_joins_a_finished_sweep(run_sweep, out):
     assert run_sweep(seeds=[1])
     first = records(out)
