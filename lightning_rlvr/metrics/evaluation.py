@@ -23,7 +23,7 @@ class EvaluationMetrics(nn.Module):
         super().__init__()
         self.avg = AvgAtK()
         self.passes = nn.ModuleList(PassAtK(k) for k in pass_at)
-        self.entropy = MeanMetric()
+        self.entropy = MeanMetric(nan_strategy="disable")
         self.response_length = MeanMetric()
         self.truncated = MeanMetric()
         self.unparsable = MeanMetric()
@@ -43,7 +43,7 @@ class EvaluationMetrics(nn.Module):
         self.unparsable.update(torch.tensor([float(v.status is Status.UNPARSABLE) for v in verdicts]))
 
     def compute(self) -> dict[str, Tensor]:
-        """Return all values by name, over all ranks."""
+        """Return all values by name, over all ranks; an entropy that the engine does not tell is nan."""
         means = ("entropy", "response_length", "truncated", "unparsable")
         return {
             f"avg@{self.samples}": self.avg.compute(),

@@ -399,7 +399,7 @@ class RLVRModule(LightningModule):
 
     def log_training(self, metrics: Mapping[str, float], spent: Mapping[str, float], tokens: int) -> None:
         """Log one step: metrics under train/, seconds and trained tokens a second by part of the work."""
-        rates = {part: tokens * world_size() / seconds for part, seconds in spent.items() if part in RATED}
+        rates = {part: tokens * world_size() / spent[part] for part in RATED if spent.get(part)}
         rate = tokens * world_size() / spent["step"]
         shown = {"reward": metrics["reward"], "entropy": metrics["entropy"], "tok/s": rate}
         self.log_dict({f"train/{k}": v for k, v in metrics.items()}, batch_size=1)

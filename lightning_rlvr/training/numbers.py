@@ -77,7 +77,8 @@ def _values(module: RLVRModule, record: StepRecord, metrics: Mapping[str, Ratio]
     stats, plan, mask = record.stats, record.plan, record.stats.mask
     rollouts = record.experience.rollouts
     yield "the log-probabilities (logp) recorded while sampling", rollouts.logp[mask], OVERFLOW
-    yield "the entropies recorded while sampling", rollouts.entropy[mask], OVERFLOW
+    if module.vllm is None:  # which tells none
+        yield "the entropies recorded while sampling", rollouts.entropy[mask], OVERFLOW
     yield "the log-probabilities (logp) of the training pass", stats.logp[mask], OVERFLOW
     yield "the entropies of the training pass", stats.entropy[mask], OVERFLOW
     yield "the advantages, though every reward is finite", stats.advantage, "model.reward (the size of its scores)"

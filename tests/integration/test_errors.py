@@ -53,6 +53,7 @@ def refused(cli, tmp_path, capsys, monkeypatch):
         ({"model__micro_batch_size": 0}, "model.micro_batch_size"),
         ({"model__max_grad_norm": -1}, "model.max_grad_norm"),
         ({"data__seed": -1}, "data.seed"),
+        ({"trainer__limit_train_batches": 2, "trainer__max_epochs": 2}, "trainer.max_steps"),
     ],
 )
 def test_mistakes(refused, changes, named):
@@ -141,6 +142,23 @@ def test_a_run_folder_without_a_name(tmp_path, monkeypatch):
     assert free_folder(Path(".")) == tmp_path.with_name(f"{tmp_path.name}-2")
     with pytest.raises(UserError, match="run_dir"):
         free_folder(Path("/"))
+
+
+@pytest.mark.parametrize("monitor", ["val/acuracy", "train/los"])
+def test_a_metric_that_there_is_not(cli, tmp_path, capsys, monitor):
+    with pytest.raises(SystemExit, match="2"):
+        cli("fit", tmp_path / "run", checkpoint__monitor=monitor, checkpoint__save_top_k=2)
+    error = capsys.readouterr().err
+    assert f"got '{monitor}'" in error
+    assert "val/avg@2" in error
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists() == (monitor == "train/los"), "work was lost"
+
+
+def test_a_run_goes_on_with_an_objective_without_a_reference(cli, tmp_path, finished_run):
+    grpo = QUICKSTART.parent / "objectives" / "grpo.yaml"
+    checkpoint = finished_run / "checkpoints" / "last.ckpt"
+    run = cli("fit", tmp_path / "run", grpo, ckpt_path=checkpoint, trainer__max_epochs=2)
+    assert json.loads((run / "summary.json").read_text())["optimizer_steps"] == 8
 
 
 def test_a_checkpoint_that_does_not_fit(cli, tmp_path, finished_run, capsys):

@@ -9,7 +9,7 @@ from support import TinyPolicy, train, weights
 
 from lightning_rlvr.objectives import GRPO
 from lightning_rlvr.rollout import VLLM, TransformersEngine
-from lightning_rlvr.training import RLVRModule, module
+from lightning_rlvr.training import RLVRModule, module, update
 from lightning_rlvr.training.mismatch import corrected
 from lightning_rlvr.types import Rollouts, Sampling, TokenPlan, TokenStats, UserError
 
@@ -80,6 +80,13 @@ def test_a_sampler_of_another_policy_ends_the_run_and_names_tokens(tmp_path, shi
     shift["nats"] = -0.5
     with pytest.raises(UserError, match=r"0\.5 away.*token \d+ of response \d+, '.*': .* sampled, .* trained"):
         train(tmp_path, vllm=VLLM())
+
+
+def test_what_a_sampler_does_not_tell_is_no_cause_of_a_loss_that_is_nan(tmp_path, shift, monkeypatch):
+    compute = update.response_loss
+    monkeypatch.setattr(update, "response_loss", lambda *args, **kwargs: compute(*args, **kwargs) * float("nan"))
+    with pytest.raises(UserError, match="first the term train/"), pytest.warns(UserWarning, match="left out"):
+        train(tmp_path, vllm=VLLM(), max_skipped_updates=1)
 
 
 def test_recorded_values_cannot_stand_for_those_of_training():
