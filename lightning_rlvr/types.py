@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+PREEMPTED = 128 + 15  # exit status of a run that was asked to stop, as by SIGTERM, and has saved
+
 
 class UserError(ValueError):
     """Something the user can put right: the command line prints its text and no traceback."""

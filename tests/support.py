@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import ClassVar
 
@@ -80,8 +81,14 @@ _WARM = multiprocessing.get_context("forkserver")
 _WARM.set_forkserver_preload(["lightning_rlvr.cli"])  # imported once for all processes, which are forks
 
 
-def _become(rank: int, port: int, script: str, words: list[str], environment: dict[str, str], log: Path) -> None:
-    """Be one of two processes: run a script with these words, or the program if there is none."""
+def start_warm(words: list[str], log: Path, environment: dict[str, str], script: str = "") -> ForkServerProcess:
+    """Start the program, or a script, with all its modules imported; what it prints goes into the log."""
+    process = _WARM.Process(target=_become, args=(words, log, environment, script))
+    process.start()
+    return process
+
+
+def _become(words: list[str], log: Path, environment: dict[str, str], script: str) -> None:
     from lightning.pytorch.utilities import rank_zero_only
 
     from lightning_rlvr.__main__ import main
@@ -89,8 +96,8 @@ def _become(rank: int, port: int, script: str, words: list[str], environment: di
     out = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    os.environ |= environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
-    rank_zero_only.rank = rank
+    os.environ |= environment
+    rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))
     torch.set_num_threads(1)
     if script:
         sys.argv = [script, *words]
@@ -99,24 +106,22 @@ def _become(rank: int, port: int, script: str, words: list[str], environment: di
         main(words)
 
 
-def _two(script: str, words: list[list[str]], environment: dict[str, str], logs: Path) -> list[tuple[int, str]]:
+def _two(words: list[list[str]], environment: dict[str, str], script: str = "") -> list[tuple[int, str]]:
     """Run two processes; return what each exited with and said. Who outlives a killed one for long is killed."""
-    port, files = free_port(), [logs / f"{rank}.log" for rank in (0, 1)]
-    processes = [
-        _WARM.Process(target=_become, args=(rank, port, script, words[rank], environment, files[rank]))
-        for rank in (0, 1)
-    ]
-    try:
-        for process in processes:
-            process.start()
-        multiprocessing.connection.wait([process.sentinel for process in processes], timeout=240)
-        for process in processes:
-            process.join(20)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    return [(process.exitcode, file.read_text()) for process, file in zip(processes, files, strict=True)]
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / str(rank) for rank in (0, 1)]
+        ranks = [environment | {"LOCAL_RANK": str(rank)} for rank in (0, 1)]
+        processes = [start_warm(*each, script) for each in zip(words, logs, ranks, strict=True)]
+        try:
+            multiprocessing.connection.wait([process.sentinel for process in processes], timeout=240)
+            for process in processes:
+                process.join(30)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        return [(process.exitcode, log.read_text()) for process, log in zip(processes, logs, strict=True)]
 
 
 def two_processes(script: str, folder: Path) -> None:
@@ -124,16 +129,14 @@ def two_processes(script: str, folder: Path) -> None:
 
     Where they make a Lightning Trainer of two devices, they are its two.
     """
-    with tempfile.TemporaryDirectory() as logs:
-        ended = _two(script, [[str(rank), str(folder)] for rank in (0, 1)], {"GLOO_SOCKET_IFNAME": "lo"}, Path(logs))
+    ended = _two([[str(rank), str(folder)] for rank in (0, 1)], {}, script)
     assert [code for code, _ in ended] == [0, 0], "\n".join(said for _, said in ended)
 
 
 def two_ranks(cache: Path, *words: str, die_at: int | None = None) -> tuple[int, str]:
     """Run the program on two ranks, this module at hand; return what the first exited with and said."""
     environment = {"LIGHTNING_RLVR_CACHE": str(cache)} | ({} if die_at is None else {"DIE_AT": str(die_at)})
-    with tempfile.TemporaryDirectory() as logs:
-        return _two("", [list(words)] * 2, environment, Path(logs))[0]
+    return _two([list(words)] * 2, environment)[0]
 
 
 def exact(model: torch.nn.Module) -> torch.nn.Module:
@@ -146,14 +149,6 @@ def exact(model: torch.nn.Module) -> torch.nn.Module:
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, plain)
     return model
-
-
-def command_line(cache: Path, *words: str, die_at: int | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the program in a process of its own, one thread for each rank, with this module at hand."""
-    env = {**os.environ, "LIGHTNING_RLVR_CACHE": str(cache), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | ({} if die_at is None else {"DIE_AT": str(die_at)})
-    command = [sys.executable, "-m", "lightning_rlvr", *words]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

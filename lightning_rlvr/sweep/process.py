@@ -15,8 +15,7 @@ from typing import Any
 
 from lightning_rlvr.sweep import state
 from lightning_rlvr.sweep.experiment import Run
-from lightning_rlvr.training.callbacks.checkpoints import PREEMPTED
-from lightning_rlvr.types import UserError
+from lightning_rlvr.types import PREEMPTED, UserError
 
 PROGRAM: tuple[str, ...] = (sys.executable, "-m", "lightning_rlvr")
 ASIDE = ".unfinished"  # where what was left of unfinished runs that are made otherwise now is kept

@@ -2,13 +2,11 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import yaml
-from support import ROOT, write_benchmark
+from support import ROOT, start_warm, write_benchmark
 
 from lightning_rlvr.__main__ import main
 from lightning_rlvr.evaluation.benchmark import read_benchmarks
@@ -71,13 +69,14 @@ def test_kill_9_loses_and_repeats_nothing(tmp_path, cache, monkeypatch):
     )
     main(command)
     again = [*command, "--output", str(tmp_path / "cut")]
-    process = subprocess.Popen([sys.executable, "-m", "lightning_rlvr", *again], stderr=subprocess.DEVNULL)
+    process = start_warm(again, tmp_path / "log", {"LIGHTNING_RLVR_CACHE": str(cache)})
     parts = tmp_path / "cut" / "samples" / "one" / "a.parquet.parts"
     deadline = time.monotonic() + 120
-    while len(list(parts.glob("0*.parquet"))) < 3 and time.monotonic() < deadline and process.poll() is None:
+    while len(list(parts.glob("0*.parquet"))) < 3 and time.monotonic() < deadline and process.is_alive():
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait(timeout=30) == -signal.SIGKILL
+    process.kill()
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
     done = list(parts.glob("0*.parquet"))
     assert 3 <= len(done) < 24, "killed in the midst of sampling"
     main(again)

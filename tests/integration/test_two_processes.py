@@ -1,10 +1,13 @@
 """`fit` on two processes trains what it trains on one."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pandas as pd
 import torch
-from support import arguments, command_line
+from support import arguments
 
 from lightning_rlvr.__main__ import main
 from lightning_rlvr.training.replay import load_replay
@@ -37,7 +40,9 @@ def fit(run, cache, processes):
     if processes == 1:
         main(words)
     else:
-        done = command_line(cache, *words)
+        command = [sys.executable, "-m", "lightning_rlvr", *words]  # which starts the other process itself
+        environment = {**os.environ, "LIGHTNING_RLVR_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True), pd.read_csv(run / "metrics.csv")
 

@@ -56,5 +56,4 @@ def test_two_processes_train_what_one_trains(folder, alone, strategy):
 
 
 if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).parents[1]))
     worker(int(sys.argv[1]), Path(sys.argv[2]))

@@ -13,7 +13,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from lightning_rlvr.models.forward import packs
 from lightning_rlvr.types import UserError
 
-TESTS = Path(__file__).parents[1]
 DYNAMIC = {"dynamic_sampling": 3, "updates": 2}
 
 
@@ -352,5 +351,4 @@ def test_deepspeed_cannot_leave_an_update_out():
 
 
 if __name__ == "__main__":
-    sys.path.append(str(TESTS))
     worker(int(sys.argv[1]), Path(sys.argv[2]))

@@ -78,6 +78,7 @@ def update(rank, folder, fail_at=None, spoil=False):
         micro_batch_size=4,
         max_grad_norm=None,
         max_skipped_updates=3,
+        vllm=None,
         skipped_in_a_row=0,
         global_rank=rank,
         optimizers=lambda: optimizer,
@@ -187,5 +188,4 @@ def test_shards_are_not_begun_again(kind):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     worker(int(sys.argv[1]), Path(sys.argv[2]))

@@ -23,12 +23,10 @@ from lightning_rlvr.training.callbacks.run_folder import log_lines
 from lightning_rlvr.training.checkpoint import LAST, place_folder, writes_folders
 from lightning_rlvr.training.distributed import gather_objects, largest
 from lightning_rlvr.training.random_state import random_state, set_random_state
-from lightning_rlvr.types import UserError
+from lightning_rlvr.types import PREEMPTED, UserError
 
 if TYPE_CHECKING:
     from lightning_rlvr.training.module import RLVRModule
-
-PREEMPTED = 128 + signal.SIGTERM  # exit status of a run that was asked to stop and has saved: 143
 
 
 class RunCheckpoints(ModelCheckpoint):
