@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,21 @@ import pyarrow.parquet as pq
 from lightning_rlvr.types import UserError
 
 Record = dict[str, Any]
+
+
+def make_folder(folder: Path, setting: str) -> None:
+    """Make a folder for results, before the work for them is done, and see that it takes files.
+
+    Raises: UserError if it cannot be made or written to; it names the setting that led there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{setting} must be a folder that can be written to, got {folder}: {error}. Set --{setting}."
+        ) from error
 
 
 class Store:

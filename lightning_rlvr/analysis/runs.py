@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,22 @@ import pandas as pd
 from lightning_rlvr.types import UserError
 
 RUN = re.compile(r"seed-(\d+)")
-MANIFEST = "sweep.json"
+MANIFEST, SUMMARY, METRICS = "sweep.json", "summary.json", "metrics.csv"
 KEPT = {"runs": "runs.csv", "training": "training.parquet", "held_out": "validations.parquet"}  # by `keep`
 CURVES = ("entropy", "reward", "accuracy", "response_length", "covariance", "lr", "share/", "kl/")
 ABOUT = ("experiment", "commit", "threads", "versions", "variants", "seeds")  # of a manifest; the rest is of a machine
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Read a file of a study here. Raises: UserError if it is missing, damaged or lacks something."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} must be as this program leaves it, and cannot be read: {error!r}. Make it anew, or take it out "
+            "with the run or the report that it belongs to."
+        ) from error
 
 
 def read_runs(folder: Path) -> pd.DataFrame:
@@ -26,21 +39,27 @@ def read_runs(folder: Path) -> pd.DataFrame:
     `keep` wrote to. Columns: `before/NAME` and `after/NAME` for each held-out metric, train_entropy/first and /last
     (nats), seconds, peak_memory (bytes), updates. Variants are in the order of the sweep's manifest.
 
-    Raises: UserError if there is no finished run.
+    Raises: UserError if there is no finished run, or a file is damaged.
     """
     if is_kept(folder):
-        table = pd.read_csv(folder / KEPT["runs"], dtype={"variant": str}, float_precision="round_trip")
-        return table.set_index(["variant", "seed"])
+        with _reading(folder / KEPT["runs"]):
+            table = pd.read_csv(folder / KEPT["runs"], dtype={"variant": str}, float_precision="round_trip")
+            return table.set_index(["variant", "seed"])
     rows = []
-    for _, variant, seed, summary in _finished(folder):
-        row: dict[str, object] = {"variant": variant, "seed": seed}
-        for when in ("before", "after"):
-            held_out = {k.removeprefix("val/"): v for k, v in (summary[when] or {}).items() if k != "step"}
-            row |= {f"{when}/{name}": value for name, value in held_out.items()}
-        row |= {f"train_entropy/{end}": value for end, value in (summary["train_entropy"] or {}).items()}
-        row |= {"seconds": summary["seconds"]["total"], "peak_memory": summary["peak_memory_bytes"]}
-        rows.append({**row, "updates": summary["optimizer_steps"]})
+    for path, variant, seed, summary in _finished(folder):
+        with _reading(path / SUMMARY):
+            rows.append({"variant": variant, "seed": seed, **_row(summary)})
     return pd.DataFrame(rows).set_index(["variant", "seed"])
+
+
+def _row(summary: Mapping[str, Any]) -> dict[str, object]:
+    row: dict[str, object] = {}
+    for when in ("before", "after"):
+        held_out = {k.removeprefix("val/"): v for k, v in (summary[when] or {}).items() if k != "step"}
+        row |= {f"{when}/{name}": value for name, value in held_out.items()}
+    row |= {f"train_entropy/{end}": value for end, value in (summary["train_entropy"] or {}).items()}
+    row |= {"seconds": summary["seconds"]["total"], "peak_memory": summary["peak_memory_bytes"]}
+    return row | {"updates": summary["optimizer_steps"]}
 
 
 def read_training(folder: Path) -> pd.DataFrame:
@@ -68,7 +87,8 @@ def is_kept(folder: Path) -> bool:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a sweep or of what was kept of one, empty if there is none."""
     path = folder / MANIFEST
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    with _reading(path):
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def keep(
@@ -91,14 +111,16 @@ def _read_metrics(folder: Path, prefix: str, kept_as: str) -> pd.DataFrame:
     if is_kept(folder):
         if not (kept := folder / KEPT[kept_as]).is_file():
             raise UserError(f"{folder} must hold {kept.name} beside runs.csv, as `report` leaves them; it does not.")
-        return pd.read_parquet(kept)
+        with _reading(kept):
+            return pd.read_parquet(kept)
     frames = []
     for path, variant, seed, _ in _finished(folder):
-        table = pd.read_csv(path / "metrics.csv")
-        if (present := f"{prefix}entropy") not in table:
-            continue
-        rows = table[table[present].notna()]
-        batch = rows["step"].to_numpy() + 1
+        with _reading(path / METRICS):
+            table = pd.read_csv(path / METRICS)
+            if (present := f"{prefix}entropy") not in table:
+                continue
+            rows = table[table[present].notna()]
+            batch = rows["step"].to_numpy() + 1
         if prefix == "val/":
             batch[0] = 0  # the run's first validation precedes its first batch
         rows = rows[[c for c in map(str, rows) if c.startswith((prefix, "seconds/")) and rows[c].notna().any()]]
@@ -108,14 +130,16 @@ def _read_metrics(folder: Path, prefix: str, kept_as: str) -> pd.DataFrame:
 
 def _finished(folder: Path) -> list[tuple[Path, str, int, dict[str, Any]]]:
     """Return folder, variant, seed and summary of each finished run, in the manifest's order, then by name and seed."""
-    alone = (folder / "summary.json").is_file()
+    alone = (folder / SUMMARY).is_file()
     found = []
-    for path in folder.glob("summary.json" if alone else "*/*/summary.json"):
-        summary, match = json.loads(path.read_text(encoding="utf-8")), RUN.fullmatch(path.parent.name)
-        if summary["status"] != "finished" or not (alone or match):
-            continue
-        variant = folder.resolve().name if alone else path.parents[1].name
-        found.append((path.parent, variant, summary["seed"] if match is None else int(match[1]), summary))
+    for path in folder.glob(SUMMARY if alone else f"*/*/{SUMMARY}"):
+        match = RUN.fullmatch(path.parent.name)
+        with _reading(path):
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            if summary["status"] != "finished" or not (alone or match):
+                continue
+            seed = summary["seed"] if match is None else int(match[1])
+        found.append((path.parent, folder.resolve().name if alone else path.parents[1].name, seed, summary))
     if not found:
         raise UserError(
             f"{folder} must hold finished runs, VARIANT/seed-N, as a sweep leaves them, or be that of one; it has none."

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from lightning_rlvr import analysis
 from lightning_rlvr.analysis.drawing import STYLE
+from lightning_rlvr.analysis.screen import show
 from lightning_rlvr.report.figures import figures, smoothing
 from lightning_rlvr.report.tables import held_out_table, markdown, paired_table
+from lightning_rlvr.store import make_folder
 from lightning_rlvr.types import UserError
 
 if TYPE_CHECKING:
@@ -66,10 +67,10 @@ def report(folder: Path, baseline: str | None = None, output: Path | None = None
     if not any(name.startswith("avg@") for name in analysis.held_out_metrics(runs)):
         raise UserError(f"the runs of {folder} must have held-out metrics to report, and have none. Set data.val.")
     training, held_out = analysis.read_training(folder), analysis.read_held_out(folder)
+    output = output or (folder if analysis.is_kept(folder) else folder / "report")
+    make_folder(output, "output")
     summary = analysis.summarise(runs)
     pictures = figures(runs, training, held_out, baseline)
-    output = output or (folder if analysis.is_kept(folder) else folder / "report")
-    output.mkdir(parents=True, exist_ok=True)
     summary.to_csv(output / "held_out.csv")
     if compared is not None:
         compared.to_csv(output / "paired.csv")
@@ -182,7 +183,7 @@ def main(args: Sequence[str]) -> None:
     chosen = parser.parse_args(args)
     output = report(chosen.folder, chosen.baseline, chosen.output)
     header, *rows = held_out_table(analysis.summarise(analysis.read_runs(chosen.folder)))
-    table = Table(Column(header[0], min_width=max(len(row[0]) for row in rows)), *header[1:])
+    table = Table(*header)
     for row in rows:
         table.add_row(*(re.sub(r"\*\*(.+?)\*\*", r"[bold]\1[/]", re.sub(r"<u>(.+?)</u>", r"[u]\1[/]", c)) for c in row))
-    Console().print(table, f"report: {(output / 'report.html').resolve()}", sep="\n")
+    show(table, f"report: {(output / 'report.html').resolve()}")

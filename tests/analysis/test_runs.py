@@ -90,3 +90,34 @@ def test_kept_runs_without_their_curves_are_refused(kept):
     (kept / "training.parquet").unlink()
     with pytest.raises(UserError, match=r"must hold training\.parquet beside runs\.csv"):
         analysis.read_training(kept)
+
+
+READERS = (analysis.read_runs, analysis.read_training, analysis.read_held_out, analysis.read_manifest)
+
+
+@pytest.mark.parametrize(
+    ("file", "contents"),
+    [
+        ("grpo/seed-1/summary.json", '{"status": "fini'),
+        ("grpo/seed-1/summary.json", "[1]"),
+        ("grpo/seed-1/summary.json", '{"status": "finished", "after": null}'),
+        ("grpo/seed-1/metrics.csv", None),
+        ("grpo/seed-1/metrics.csv", ""),
+        ("sweep.json", "{"),
+        ("sweep.json", "[1]"),
+    ],
+)
+def test_a_damaged_file_of_a_study_is_named(study, file, contents):
+    if contents is None:
+        (study / file).unlink()
+    else:
+        (study / file).write_text(contents)
+    with pytest.raises(UserError, match=file):
+        [read(study) for read in READERS]
+
+
+@pytest.mark.parametrize("file", ["runs.csv", "training.parquet", "validations.parquet", "sweep.json"])
+def test_a_damaged_file_of_what_was_kept_is_named(kept, file):
+    (kept / file).write_bytes((kept / file).read_bytes()[:4])
+    with pytest.raises(UserError, match=file):
+        [read(kept) for read in READERS]

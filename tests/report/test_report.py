@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -179,3 +180,8 @@ def test_what_rounds_to_nothing_has_no_sign(study):
     table.loc[("sent", "avg@4"), ["difference", "low", "high"]] = [-0.0001, -0.0002, -0.0001]
     header, sent, _ = paired_table(table)
     assert sent[header.index("avg@4")] == "+0.000 [+0.000, +0.000]"
+
+
+def test_a_folder_that_cannot_be_made_is_refused(study):
+    with pytest.raises(UserError, match="--output"):
+        report(study, output=Path("/proc/x"))
