@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +15,14 @@ from torch import Tensor
 
 from lightning_rlvr.models.forward import response_logp
 from lightning_rlvr.ops.advantages import group_advantages
+from lightning_rlvr.store import make_folder
 from lightning_rlvr.training.replay import Replay, load_replay
 from lightning_rlvr.types import Objective, TokenBatch, TokenStats, UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+CHUNK = 2**20  # parameters in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,8 @@ def compare(
     measured, to first order (the inner product of both gradients), and as the covariance theory has it,
     -eta * Cov(log pi, a), with a the weight that the objective puts on raising each token's log-probability.
     compare.csv holds these rows, cosine.csv the cosines of the gradients, overlap.csv the Jaccard index of the tokens
-    singled out (SENT's T_low, KL-Cov's held tokens, ...), and compare.png shows them.
+    singled out (SENT's T_low, KL-Cov's held tokens, ...), and compare.png shows them. Where a gradient is 0, so that it
+    has no direction, cosines are nan. Terms that cannot act here, and a batch that teaches nothing, are warned of.
 
     Args:
         rollouts: a folder RUN/rollouts/N that `fit --save_rollouts.every_n_batches` wrote.
@@ -52,10 +58,13 @@ def compare(
         eta: size of the gradient step.
         micro_batch_size: rows in a pass; changes memory and speed only.
 
+    Raises: UserError if there is no such batch, an objective reads a reference that it lacks, or a setting is refused.
     Source: covariance theory of entropy, arXiv 2505.22617 and 2512.04359.
     """
     if not objectives:
         raise UserError("there is nothing to compare without objectives. Set objectives to a mapping of names.")
+    if micro_batch_size < 1:
+        raise UserError(f"micro_batch_size must be at least 1 row, got {micro_batch_size}. Set --micro_batch_size.")
     replay = load_replay(rollouts)
     for name, objective in objectives.items():
         if objective.needs_reference and replay.reference is None:
@@ -63,6 +72,9 @@ def compare(
                 f"objective {name!r} reads the reference, which {rollouts} does not hold: the run that saved it had "
                 "none. Save rollouts in a run with a KL penalty, or set objectives without."
             )
+    folder = output or rollouts / "compare"
+    make_folder(folder, "output")
+    _warn_of_inert(replay, rollouts, objectives)
     cut = torch.arange(len(replay.score)).split(micro_batch_size)
     stats = _statistics(replay, cut)
     entropy_gradient = _entropy_gradient(replay, cut)
@@ -70,14 +82,45 @@ def compare(
         name: _effect(replay, objective, stats, entropy_gradient, eta, cut) for name, objective in objectives.items()
     }
     table = pd.DataFrame({name: effect.row for name, effect in effects.items()}).T.rename_axis("objective")
-    cosine = _matrix(effects, lambda a, b: float(torch.cosine_similarity(a.gradient, b.gradient, dim=0)))
+    cosine = _matrix(effects, lambda a, b: cosine_of(a.gradient, b.gradient))
     overlap = _matrix(effects, _jaccard)
-    folder = output or rollouts / "compare"
-    folder.mkdir(parents=True, exist_ok=True)
     for name, frame in (("compare", table), ("cosine", cosine), ("overlap", overlap)):
         frame.to_csv(folder / f"{name}.csv")
     _picture(table, cosine, overlap, eta, folder / "compare.png")
     return table
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """Return the inner product of two vectors, summed in float64 chunk by chunk, so that no whole copy is made.
+
+    In float32 a sum over a hundred million parameters is off in its second digit.
+    """
+    return sum(float(x.double() @ y.double()) for x, y in zip(a.split(CHUNK), b.split(CHUNK), strict=True))
+
+
+def cosine_of(a: Tensor, b: Tensor) -> float:
+    """Return the cosine between two vectors, nan if one of them is 0.
+
+    >>> cosine_of(torch.tensor([3.0, 4.0]), torch.tensor([4.0, 3.0]))
+    0.96
+    """
+    norms = math.sqrt(dot(a, a)) * math.sqrt(dot(b, b))
+    return dot(a, b) / norms if norms else math.nan
+
+
+def _warn_of_inert(replay: Replay, rollouts: Path, objectives: dict[str, Objective]) -> None:
+    for name, objective in objectives.items():
+        for reason in objective.inert(updates_per_rollout=1):
+            warnings.warn(
+                f"{name} has a term that cannot act in a batch's first update, the one that compare takes: {reason}",
+                stacklevel=3,
+            )
+    if not group_advantages(replay.score.view(-1, replay.group_size), scale_by_std=False).any():
+        warnings.warn(
+            f"all groups of {rollouts} had equal rewards: all advantages are 0, and so are the policy gradients. Set "
+            "rollouts to a batch in which rewards differ.",
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()
@@ -142,9 +185,9 @@ def _effect(
     shares = {f"share/{k}": float(v[mask].float().mean()) for k, v in plan.classes.items()}
     row = {
         "loss": loss,
-        "grad_norm": float(gradient.norm()),
+        "grad_norm": math.sqrt(dot(gradient, gradient)),
         "entropy_change/measured": float((after - stats.entropy)[mask].double().mean()),
-        "entropy_change/first_order": -eta * float(gradient @ entropy_gradient),
+        "entropy_change/first_order": -eta * dot(gradient, entropy_gradient),
         "entropy_change/covariance": -eta * float(covariance),
         **{name: total / count if count else float("nan") for name, (total, count) in sums.items()},
         **shares,
@@ -234,12 +277,14 @@ def _map(figure: Any, axes: Axes, frame: pd.DataFrame, title: str, colours: str,
 def main(args: list[str]) -> None:
     """`python -m lightning_rlvr compare`: arguments or a YAML file (--config), printed as a table."""
     from jsonargparse import auto_cli
-    from rich.console import Console
     from rich.table import Table
 
+    from lightning_rlvr.analysis.screen import show
+
     table = auto_cli(compare, args=args, as_positional=False, prog="python -m lightning_rlvr compare")
-    shown = table[["loss", "grad_norm", *table.filter(like="entropy_change/").columns]]
-    view = Table("objective", *shown.columns)
-    for name, row in shown.iterrows():
+    changes = [f"entropy_change/{kind}" for kind in ("measured", "first_order", "covariance")]
+    caption = "dH: change of the mean token entropy in one step (nats)"
+    view = Table("objective", "loss", "grad norm", "dH measured", "dH 1st order", "dH theory", caption=caption)
+    for name, row in table[["loss", "grad_norm", *changes]].iterrows():
         view.add_row(str(name), *(f"{value:.4g}" for value in row))
-    Console().print(view)
+    show(view)
