@@ -17,7 +17,7 @@ from rich.table import Table
 from lightning_rlvr import analysis
 from lightning_rlvr.analysis.drawing import STYLE
 from lightning_rlvr.analysis.screen import show
-from lightning_rlvr.report.figures import figures, smoothing
+from lightning_rlvr.report.figures import FOLLOWS, figures, smoothing
 from lightning_rlvr.report.tables import held_out_table, markdown, paired_table
 from lightning_rlvr.store import make_folder
 from lightning_rlvr.types import UserError
@@ -37,11 +37,12 @@ CAPTIONS = {
     "law": "Each dot is a rollout batch of a seed: its accuracy against its mean token entropy. The line is the least-"
     "squares fit R = -a exp(H) + b (arXiv 2505.22617).",
     "change": "How the mean token entropy changed from each {window}, against what the covariance theory predicts: "
-    "-eta Cov(log pi, a) a rollout batch, with a the pull of the loss on a token (arXiv 2505.22617). eta is the "
-    "learning rate times one factor for all runs, fitted, since Adam's step is not the gradient's. Dashed: measured as "
-    "predicted; line and slope: the variant's own fit through 0. The prediction leaves out that Adam's factor drifts "
-    "while it trains, that a covariance over the batch takes all contexts for one, what one update on a batch changes "
-    "for the next, entropy bonus and exact KL; the measured change also has what the next questions bring.",
+    "-eta Cov(log pi, a) a rollout batch, with a the pull of the loss on a token and eta the learning rate "
+    "(arXiv 2505.22617). Adam's step is not the gradient's, so each variant has a scale of its own across and a factor "
+    "of its own: measured = factor x predicted, the line, fitted through 0 by least squares and drawn where the "
+    "correlation r is at least {follows}. The prediction leaves out that Adam's factor drifts while it trains, that a "
+    "covariance over the batch takes all contexts for one, what one update on a batch changes for the next, entropy "
+    "bonus and exact KL; the measured change also has what the next questions bring.",
     "ends": "Each small dot is a seed, the large one their mean, the bars its 95 % t-intervals.",
 }
 
@@ -113,7 +114,7 @@ def _text(
     averaged = f" Training curves are centred means of {smooth} rollout batches." if smooth > 1 else ""
     window = f"{smooth} rollout batches to the next" if smooth > 1 else "rollout batch to the next"
     for name in pictures:
-        parts += [f"![{name}]({name}.png)", CAPTIONS[name].format(smooth=averaged, window=window)]
+        parts += [f"![{name}]({name}.png)", CAPTIONS[name].format(smooth=averaged, window=window, follows=FOLLOWS)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 BAND = 0.4
 SPIKES = 0.98  # a k3 estimate has single values far above all others, beyond this quantile
+FOLLOWS = 0.3  # the least correlation at which measured changes are said to follow predicted ones
 BATCHES = "rollout batches"
 TRAINING = {
     "train/entropy": ("token entropy in training", "nats a token"),
@@ -112,29 +113,32 @@ def _law(training: pd.DataFrame, colour: Mapping[str, str]) -> Figure:
 
 
 def _change(training: pd.DataFrame, colour: Mapping[str, str]) -> Figure | None:
-    """Draw measured against predicted change of entropy, a panel for each variant, with one scale for all."""
+    """Draw measured against predicted change of entropy, a panel for each variant.
+
+    Predictions of different objectives have no scale in common: a mask divides the pull by the tokens that it keeps.
+    """
     if not {"train/covariance", "train/lr"} <= set(training):
         return None
     changes = entropy_changes(training, smoothing(training))
-    scale = fit_changes(changes).slope
-    if math.isnan(scale):
+    if math.isnan(fit_changes(changes).slope):
         return None
-    changes["predicted"] *= scale
-    ends = limits(pd.concat([changes["predicted"], changes["measured"]]))
+    ends = limits(changes["measured"])
 
     def panel(axes: Axes, variant: str) -> None:
         mine = changes[changes["variant"] == variant]
         fit = fit_changes(mine)
-        axes.plot(ends, ends, color="#aaaaaa", linewidth=1, linestyle="--")
         axes.scatter(mine["predicted"], mine["measured"], s=9, alpha=0.5, color=colour[variant], linewidths=0)
         axes.set_title(variant, pad=17)
-        if not math.isnan(fit.slope):
-            axes.plot(ends, [fit.slope * end for end in ends], color=colour[variant], linewidth=2)
-            note = f"slope {fit.slope:.2f}, r = {fit.r:.2f}"
-            axes.text(0, 1.02, note, transform=axes.transAxes, va="bottom", fontsize=8, color="#555555")
-        axes.set_xlim(*ends)
+        across = limits(pd.concat([mine["predicted"], pd.Series([0.0])]))
+        note = "" if math.isnan(fit.r) else f"r = {fit.r:.2f}"
+        if fit.r >= FOLLOWS:
+            axes.plot(across, [fit.slope * end for end in across], color=colour[variant], linewidth=2)
+            note = f"factor {fit.slope:.3g}, {note}"
+        axes.text(0, 1.02, note, transform=axes.transAxes, va="bottom", fontsize=8, color="#555555")
+        axes.set_xlim(*across)
         axes.set_ylim(*ends)
-        axes.set_xlabel("predicted change of entropy (nats)")
+        axes.ticklabel_format(axis="x", scilimits=(0, 0))
+        axes.set_xlabel("predicted change (nats)")
         axes.set_ylabel("measured change (nats)")
 
     panels = [partial(panel, variant=variant) for variant in colour]

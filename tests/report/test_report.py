@@ -140,12 +140,22 @@ def test_the_law_is_drawn_for_each_variant(study):
 
 def test_the_change_of_entropy_is_drawn_against_its_prediction(study):
     training = read_training(study)
+    pull = np.array([0.5, 0.1, 0.3, 0.2])  # the last batch's has no change after it
+    for variant, factor in {"grpo": 100.0, "sent": 20.0, "mask": -50.0}.items():
+        levels = 2 - 0.01 * factor * np.concatenate([[0], pull[:-1].cumsum()])
+        for batch in range(4):
+            here = (training["variant"] == variant) & (training["batch"] == batch + 1)
+            training.loc[here, ["train/covariance", "train/entropy"]] = [pull[batch], levels[batch]]
     drawn = figures(read_runs(study), training, read_held_out(study), "grpo")["change"]
     assert [axes.get_title(loc="left") for axes in drawn.axes] == ["grpo", "sent", "mask"]
     texts = [text.get_text() for axes in drawn.axes for text in axes.texts]
-    assert [text.split(",")[0] for text in texts] == ["slope 1.00"] * 3, "one scale fits all"
-    (dots,) = drawn.axes[0].collections
-    assert np.allclose(dots.get_offsets(), np.full((9, 2), -0.3)), "three seeds, three changes"
+    assert texts == ["factor 100, r = 1.00", "factor 20, r = 1.00", "r = -1.00"]
+    assert [len(axes.lines) for axes in drawn.axes] == [1, 1, 0], "no line where nothing follows it"
+    for axes in drawn.axes:
+        (dots,) = axes.collections
+        assert sorted({round(x, 9) for x in dots.get_offsets()[:, 0]}) == [-0.005, -0.003, -0.001]
+        for column, (low, high) in enumerate((axes.get_xlim(), axes.get_ylim())):
+            assert low < dots.get_offsets()[:, column].min() <= dots.get_offsets()[:, column].max() < high
     without = training.drop(columns="train/covariance")
     assert "change" not in figures(read_runs(study), without, read_held_out(study), "grpo")
 
