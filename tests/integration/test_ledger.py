@@ -1,13 +1,16 @@
 """The token ledger of a run, as a table and as a page in a real browser."""
 
+import json
 import math
 import re
+import shutil
+import subprocess
 
 import pandas as pd
 import pytest
 from support import arguments, browser, opened
 
-from lightning_rlvr.training.callbacks.ledger import NUMBERS, ledger_page
+from lightning_rlvr.training.callbacks.ledger import NUMBERS, PAGE, ledger_page
 
 
 @pytest.fixture(scope="session")
@@ -74,3 +77,12 @@ def test_the_page_holds_no_more_responses_than_asked(tmp_path):
     rows = [{"uid": f"q{i}", "response": 0, "text": "x", "class": "", **dict.fromkeys(NUMBERS, 0.0)} for i in range(9)]
     page = ledger_page(pd.DataFrame(rows), {(f"q{i}", 0): "?" for i in range(9)}, 4)
     assert page.count('"uid"') == 4
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js (Debian: apt-get install nodejs)")
+def test_the_range_of_very_many_tokens_is_found():
+    function = re.search(r"function range\(.*?\n}", PAGE.read_text(), re.DOTALL)[0]
+    data = "{responses: [{tokens: [['a', '', -2], ['b', '', null], ...Array(300000).fill(['c', '', 1])]}]}"
+    script = f"const data = {data}; {function} console.log(JSON.stringify(range(2)))"
+    said = subprocess.run(["node", "-e", script], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert json.loads(said) == [-2, 1]
