@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import yaml
+from support import ROOT
 
 from lightning_rlvr.sweep.experiment import check, read_experiment
 from lightning_rlvr.types import UserError
@@ -79,3 +81,23 @@ def test_a_config_that_is_refused_names_its_variant(write):
 
     with pytest.raises(UserError, match=r"variants\.two: lr is wrong"):
         check(read_experiment(write()), resolve)
+
+
+def objective_settings(plan, variant):
+    """What the configs and keys of a variant set of its objective, one on top of the other."""
+    settings, prefix = {}, "model.objective.init_args."
+    for argument in plan.arguments(variant):
+        key, value = argument.removeprefix("--").split("=", 1)
+        if key == "config":
+            model = yaml.safe_load(Path(value).read_text())["model"]
+            settings |= model.get("objective", {}).get("init_args", {})
+        elif key.startswith(prefix):
+            settings[key.removeprefix(prefix)] = yaml.safe_load(value)
+    return settings
+
+
+@pytest.mark.parametrize("name", ["paper_table", "paper_table_make_number", "paper_table_1.5b"])
+def test_the_kl_on_high_entropy_tokens_is_as_strong_as_sents(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan = read_experiment(ROOT / "experiments" / f"{name}.yaml")
+    assert objective_settings(plan, "high_entropy_kl") == objective_settings(plan, "sent")
