@@ -27,11 +27,12 @@ def test_validate_judges_an_exported_model(tmp_path, finished_run, capsys):
     assert seen["val/avg@2"] == pytest.approx(after["val/avg@2"])
 
 
-def test_predict_writes_every_generation(cli, tmp_path):
+def test_predict_writes_every_generation(cli, tmp_path, capsys):
     run = cli("predict", tmp_path / "predict")
     records = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert len(records) == 4 * 2
     assert not list(run.glob(".*.partial"))
+    assert f"predictions: {run.resolve() / 'predictions.jsonl'}\n" in capsys.readouterr().out
     assert {"uid", "prompt", "gold", "response", "answer", "status", "reward", "tokens"} <= records[0].keys()
 
 

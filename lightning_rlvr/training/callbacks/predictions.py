@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from rich.console import Console
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -39,9 +40,10 @@ class PredictionWriter(BasePredictionWriter):
             file.writelines(json.dumps(record) + "\n" for record in prediction)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the file its name, now that it is whole."""
+        """Give the file its name, now that it is whole, and say where it is."""
         partial = self._partial(trainer)
-        partial.replace(partial.with_name(partial.stem.removeprefix(".")))
+        path = partial.replace(partial.with_name(partial.stem.removeprefix(".")))
+        Console(markup=False, soft_wrap=True, highlight=False).print(f"predictions: {path.resolve()}")
 
     @staticmethod
     def _partial(trainer: Trainer) -> Path:
