@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lightning_rlvr.models.cache import cache_root
+from lightning_rlvr.store import make_folder
 from lightning_rlvr.sweep.board import Board
 from lightning_rlvr.sweep.executors import Cluster, Executor, Local, machine_memory
 from lightning_rlvr.sweep.experiment import Experiment, Resolve, Run, check, read_experiment
@@ -135,7 +136,7 @@ def _conclude(states: Mapping[Run, State], console: Console, output: Path) -> bo
 @contextmanager
 def _alone(output: Path) -> Iterator[None]:
     """Hold the folder against a second sweep. Raises: UserError if there is one."""
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output, "output")
     with (output / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,7 +22,7 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the file, also where this process has no question."""
+        """Begin the file."""
         self._partial(trainer).touch()
 
     def write_on_batch_end(
