@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lightning_rlvr.models import PolicySource, PromptFormat
+from lightning_rlvr.models.length import check_length
 from lightning_rlvr.models.source import decode
 from lightning_rlvr.rollout import Served, ServedEngine, TransformersEngine, seed_of
 from lightning_rlvr.store import Record, Store
@@ -125,18 +125,11 @@ def _load(
             tokenizer = source.tokenizer()
             return _Model(ServedEngine(source, tokenizer), tokenizer)
         policy = source.load()
+        encode = generation.prompt_format.encode
+        longest = max(len(encode(policy.tokenizer, p.text)) for questions, _ in suite.values() for p in questions)
+        check_length(policy.model, longest, generation.sampling.max_new_tokens, "sampling.max_new_tokens or benchmarks")
     except UserError as error:
         raise UserError(f"model {name!r}: {error}") from error
-    positions = getattr(policy.model.config, "max_position_embeddings", None)
-    encode = generation.prompt_format.encode
-    longest = max(len(encode(policy.tokenizer, p.text)) for questions, _ in suite.values() for p in questions)
-    if positions is not None and longest + generation.sampling.max_new_tokens > positions:
-        warnings.warn(
-            f"model {name!r} has {positions} positions, fewer than the {longest} tokens of the longest prompt and the "
-            f"{generation.sampling.max_new_tokens} of sampling.max_new_tokens: the model was not trained for what lies "
-            "beyond",
-            stacklevel=2,
-        )
     policy.model.to(generation.chosen_device())  # type: ignore[arg-type]
     return _Model(TransformersEngine.of(policy, generation.rollout_rows), policy.tokenizer)
 

@@ -6,10 +6,10 @@ import json
 import os
 import statistics
 from argparse import ArgumentParser
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -18,7 +18,11 @@ from lightning_rlvr.preflight.memory import Memory, Work, estimate, trained_byte
 from lightning_rlvr.preflight.placement import Placement, placement
 from lightning_rlvr.rollout import VLLM
 from lightning_rlvr.training import RLVRDataModule, RLVRModule
-from lightning_rlvr.types import UserError
+from lightning_rlvr.training.datamodule import Split
+from lightning_rlvr.types import Prompt, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 GIB = 2**30
 SAMPLE = 1_000  # questions whose prompts are measured
@@ -33,6 +37,7 @@ class Report:
     memory: Memory
     room: int  # bytes
     place: Placement
+    refused: str | None = None  # what `fit` would say of the lengths
 
     @property
     def needed(self) -> int:
@@ -46,13 +51,14 @@ class Report:
 
     @property
     def exit_status(self) -> int:
-        """0 if it fits, else 1."""
-        return int(not self.fits)
+        """0 if it fits and `fit` would take it, else 1."""
+        return int(not self.fits or self.refused is not None)
 
     def write(self, path: Path) -> None:
         """Write all as JSON; bytes are whole numbers. Raises: UserError if that cannot be."""
         memory = {**asdict(self.memory), "totals": self.memory.totals, "peak": self.memory.peak}
-        contents = {**self.facts, "memory": memory, "room": self.room, "needed": self.needed, "fits": self.fits}
+        found = {"room": self.room, "needed": self.needed, "fits": self.fits, "refused": self.refused}
+        contents = {**self.facts, "memory": memory, **found}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
@@ -83,6 +89,8 @@ class Report:
             f"{self.room / GIB:.1f} GiB{'' if self.place.accelerator else ' for all'}.",
             style="green" if self.fits else "red",
         )
+        if self.refused is not None:
+            console.print(f"fit would refuse it: {self.refused}", style="red", markup=False)
 
 
 def inspect(
@@ -146,7 +154,7 @@ def inspect(
             "all bytes": kept * count + weights,
         },
     }
-    return Report(facts, memory, room, place)
+    return Report(facts, memory, room, place, _refused(data, module, model))
 
 
 def _work(data: RLVRDataModule, module: RLVRModule, place: Placement, prompt_tokens: int) -> Work:
@@ -183,18 +191,41 @@ def _prompts(data: RLVRDataModule, module: RLVRModule) -> dict[str, Any]:
         questions = task.load()
     except UserError as error:
         return {"not read": str(error), "assumed tokens": limit}
-    sample = questions[:: -(-len(questions) // SAMPLE)]
-    tokenizer = module.policy_source.tokenizer()
-    lengths = [len(module.prompt_format.encode(tokenizer, question.text)) for question in sample]
+    lengths = _lengths(questions, module)
     return {
         "questions": len(questions),
-        "measured": len(sample),
+        "measured": len(lengths),
         "median tokens": int(statistics.median(lengths)),
         "longest tokens": max(lengths),
         "longest kept": min(max(lengths), limit),
         f"share over max_prompt_tokens ({limit})": sum(length > limit for length in lengths) / len(lengths),
         "responses are cut at tokens": module.sampling.max_new_tokens,
     }
+
+
+def _lengths(questions: Sequence[Prompt], module: RLVRModule) -> list[int]:
+    """Return the tokens of the prompts of evenly spaced questions."""
+    tokenizer = module.policy_source.tokenizer()
+    sample = questions[:: max(1, -(-len(questions) // SAMPLE))]
+    return [len(module.prompt_format.encode(tokenizer, question.text)) for question in sample]
+
+
+def _refused(data: RLVRDataModule, module: RLVRModule, model: PreTrainedModel) -> str | None:
+    """Return why `fit` would refuse the lengths of prompts and responses; None if not, or if they cannot be read."""
+    splits: tuple[Split, ...] = ("train", "val")
+    for split in splits:
+        task = data.tasks[split]
+        try:
+            questions = [] if task is None else task.load()
+        except UserError:  # said of the training questions
+            continue
+        if kept := [length for length in _lengths(questions, module) if length <= data.max_prompt_tokens]:
+            data.longest[split] = max(kept)
+            try:
+                data.check_length(split, module, model)
+            except UserError as error:
+                return str(error)
+    return None
 
 
 def _with_vllm(memory: Memory, vllm: VLLM, gpu: int | None) -> Memory:
@@ -232,7 +263,8 @@ def options(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
         prog="python -m lightning_rlvr preflight",
         description="Say what a config takes: memory by part, work of a step, disk, terms that cannot act. It loads no "
         "weights; of a hub model it needs the small files. All options of fit are taken as well: --config FILE, "
-        "--model.micro_batch_size 2. Exit status: 0 if it fits, 1 if not, 2 if the config is wrong.",
+        "--model.micro_batch_size 2. Exit status: 0 if it fits, 1 if not or if the model takes "
+        "no such lengths, 2 if the config is wrong.",
         allow_abbrev=False,
     )
     parser.add_argument("--output", type=Path, help="JSON file for all that is found; none by default")

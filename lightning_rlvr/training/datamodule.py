@@ -19,11 +19,14 @@ from lightning_rlvr.curriculum import AdaptiveSampler, Curriculum, CurriculumSam
 from lightning_rlvr.curriculum.order import tie_break
 from lightning_rlvr.curriculum.sampler import check_batch_size
 from lightning_rlvr.models.cache import cache_root
+from lightning_rlvr.models.length import check_length
 from lightning_rlvr.training.experience import PromptBatch
 from lightning_rlvr.training.scoring import QuestionScores
 from lightning_rlvr.types import Prompt, Task, UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from lightning_rlvr.training.module import RLVRModule
 
 Split = Literal["train", "val", "test"]
@@ -94,11 +97,10 @@ class RLVRDataModule(LightningDataModule):
         self.group_size, self.prompts_per_batch = group_size, prompts_per_batch
         self.eval_samples, self.eval_prompts_per_batch = eval_samples, eval_prompts_per_batch
         self.curriculum, self.scoring = curriculum, scoring
-        self.max_prompt_tokens, self.long_prompts = max_prompt_tokens, long_prompts
-        self.unjudgeable = unjudgeable
-        self.cache_dir = cache_root(cache_dir)
-        self.seed = seed
+        self.max_prompt_tokens, self.long_prompts, self.unjudgeable = max_prompt_tokens, long_prompts, unjudgeable
+        self.cache_dir, self.seed = cache_root(cache_dir), seed
         self.questions: dict[Split, list[Prompt]] = {}
+        self.longest: dict[Split, int] = {}  # tokens of a prompt
         self.score_table: pd.DataFrame | None = None
         self._question_scores: QuestionScores | None = None
         self.stages: list[np.ndarray] = []
@@ -202,6 +204,7 @@ class RLVRDataModule(LightningDataModule):
                 f"{prompts[long[0]].uid} has {lengths[long[0]]} ({len(long)} of {len(prompts)} are too long). "
                 "Set data.max_prompt_tokens, or data.long_prompts to drop."
             )
+        self.longest[split] = max((length for length in lengths if length <= self.max_prompt_tokens), default=0)
         why = f"as they have more than {self.max_prompt_tokens} tokens"
         return self._without(long, prompts, split, why, "max_prompt_tokens")
 
@@ -214,6 +217,12 @@ class RLVRDataModule(LightningDataModule):
             rank_zero_info(f"data.{split}: dropped {len(gone)} of {len(prompts)} questions {why}")
         places = set(gone)
         return [prompt for i, prompt in enumerate(prompts) if i not in places]
+
+    def check_length(self, split: Split, module: RLVRModule, model: PreTrainedModel) -> None:
+        """Let a model answer the questions of a split. Raises: UserError if they and responses are too long for it."""
+        name, sampling = ("sampling", module.sampling) if split == "train" else ("eval_sampling", module.eval_sampling)
+        keys = f"model.{name}.max_new_tokens, or data.max_prompt_tokens with data.long_prompts drop"
+        check_length(model, self.longest[split], sampling.max_new_tokens, keys)
 
     # --- scores ----------------------------------------------------------------------------------
 
@@ -247,10 +256,9 @@ class RLVRDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Prompt]:
         """Return the batches of the curriculum, from the one after the last that was trained on."""
-        module = self._module()
-        prompts = self.questions["train"]
-        needed = self.curriculum.needs_scores
-        self.score_table = self.question_scores(module).get(self.cache_dir) if needed else None
+        module, prompts = self._module(), self.questions["train"]
+        self.check_length("train", module, module.policy)
+        self.score_table = self.question_scores(module).get(self.cache_dir) if self.curriculum.needs_scores else None
         for name, chosen in self.curriculum.dropped(self.score_table).items():
             rank_zero_info(f"data.curriculum.{name}: dropped {chosen.sum()} of {len(prompts)} questions")
         self.stages = self.curriculum.cut(prompts, self.score_table, self.seed)
@@ -296,6 +304,7 @@ class RLVRDataModule(LightningDataModule):
 
     def _eval_loader(self, split: Split) -> DataLoader[Prompt]:
         trainer, questions = self._trainer(), self.questions[split]
+        self.check_length(split, self._module(), self._module().policy)
         least, uneven = divmod(len(questions), trainer.world_size)
         mine = cast("Dataset[Prompt]", questions[trainer.global_rank :: trainer.world_size])
         # Processes gather weights in parts together: who has a question more must not have a batch more.

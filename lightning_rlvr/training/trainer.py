@@ -68,6 +68,7 @@ class Trainer(lightning.Trainer):
         self.strategy.barrier("policy prepared")
         with self.precision_plugin.module_init_context():
             model.configure_model()
+        datamodule.check_length("train", model, model.policy)
         self.precision_plugin.convert_module(model)
         model.to(self.strategy.root_device)
         try:

@@ -35,6 +35,7 @@ def test_a_small_config_fits(before):
     assert said["disk"]["a checkpoint bytes"] == 3 * said["model"]["weights bytes"]
     assert said["memory"]["peak"] == max(said["memory"]["totals"].values())
     assert "It fits" in printed.out
+    assert said["refused"] is None
 
 
 def test_a_gpu_that_is_too_small_is_said(before):
@@ -48,6 +49,15 @@ def test_terms_that_cannot_act_and_prompts_that_are_too_long_are_said(before):
     _, said, _ = before(**release)
     assert "updates_per_rollout" in said["terms that cannot act"]["1"]
     assert said["prompts"]["share over max_prompt_tokens (5)"] == 1.0
+
+
+@pytest.mark.parametrize(("key", "of"), [("model__sampling", "sampling"), ("model__eval_sampling", "eval_sampling")])
+def test_responses_beyond_the_models_positions_are_said(before, key, of):
+    status, said, printed = before(**{f"{key}__max_new_tokens": 1024})
+    assert (status, said["fits"]) == (1, True)
+    assert "at most 1024 tokens" in said["refused"]
+    assert f"Set model.{of}.max_new_tokens" in said["refused"]
+    assert "fit would refuse it" in printed.out
 
 
 def test_a_model_out_of_reach_is_an_error_that_names_its_key(before):

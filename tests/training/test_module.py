@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from support import Counting, ManyVowels, TinyPolicy, train, weights
 from lightning_rlvr.curriculum import Curriculum
 from lightning_rlvr.models import LoRA
 from lightning_rlvr.objectives import GRPO
-from lightning_rlvr.training import RLVRModule
+from lightning_rlvr.training import RLVRDataModule, RLVRModule, Trainer
 from lightning_rlvr.training.callbacks import StageBoundary
 from lightning_rlvr.types import Sampling, UserError
 
@@ -183,3 +184,29 @@ def test_adapters_cannot_become_the_reference(tmp_path):
         StageBoundary().on_fit_start(stages, plain)
     stages.datamodule.curriculum = Curriculum()
     StageBoundary().on_fit_start(stages, plain)
+
+
+class Short(TinyPolicy):
+    """Knows as many positions as the longest of 24 questions and its response have tokens, but one."""
+
+    sizes: ClassVar = {**TinyPolicy.sizes, "max_position_embeddings": 3 + 10 - 1}
+
+
+@pytest.mark.parametrize("what", ["fit", "validate", "test", "predict", "score"])
+def test_responses_beyond_the_models_positions_are_refused_before_any_is_sampled(tmp_path, monkeypatch, what):
+    monkeypatch.setattr("lightning_rlvr.rollout.TransformersEngine.generate", lambda *_: pytest.fail("samples"))
+    trains = what in ("fit", "score")
+    module = RLVRModule(Short(), GRPO(), ManyVowels(), Sampling(9 + trains), Sampling(10 - trains), pass_at=[1])
+    order = Curriculum(order="shuffled", stages=1)
+    data = RLVRDataModule(Counting(24), Counting(1, 23), prompts_per_batch=6, group_size=2, curriculum=order)
+    settings = {"logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0}
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, use_distributed_sampler=False, **settings)
+    more = {"output": str(tmp_path / "scores.parquet")} if what == "score" else {}
+    key = "sampling" if trains else "eval_sampling"
+    with pytest.raises(UserError, match=rf"at most 12 tokens.*got up to 3 and 10.*Set model\.{key}\.max_new_tokens"):
+        getattr(trainer, what)(module, datamodule=data, **more)
+
+
+def test_responses_up_to_the_models_last_position_are_sampled(tmp_path):
+    enough = type("Enough", (Short,), {"sizes": {**Short.sizes, "max_position_embeddings": 3 + 10}})
+    assert train(tmp_path, policy=enough(), objective=GRPO(), updates=1)[0].rollouts_done == 1
