@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_rlvr.models.forward import PROBE_TOLERANCE, PROBE_TOLERANCE_WIDE
+from lightning_rlvr.types import UserError
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -48,7 +52,8 @@ class DynamicDecoder(Decoder):
     def read(self, ids: Int[Tensor, "B P"], mask: Bool[Tensor, "B P"], samples: int) -> Float[Tensor, "B V"]:
         """Start anew with these prompts: there must be no rows."""
         logits, self.cache = read_prompts(self.model, ids, mask)
-        self.cache.batch_repeat_interleave(samples)
+        order = torch.arange(len(mask), device=ids.device).repeat_interleave(samples)
+        self.cache.reorder_cache(order)  # type: ignore[arg-type] # any layer has it, unlike batch_repeat_interleave
         self.seen = mask.repeat_interleave(samples, dim=0)
         self.slot = torch.arange(len(self.seen), device=ids.device)
         return logits
@@ -64,10 +69,67 @@ class DynamicDecoder(Decoder):
         order = [row for row, lives in enumerate(alive) if lives]
         self.slot = self.slot[order]
         if len(order) <= self.SLACK * len(self.seen):
-            self.cache.batch_select_indices(self.slot)
+            self.cache.reorder_cache(self.slot)  # type: ignore[arg-type]
             self.seen = self.seen[self.slot]
             self.slot = torch.arange(len(order), device=self.slot.device)
         return order
+
+
+@torch.no_grad()
+def check_states(model: PreTrainedModel) -> None:
+    """Let a model decode whose layers hold states instead of keys and values, if padding and copies do them no harm.
+
+    Found out once for a model: responses to two prompts of different lengths, one of each dropped on the way, against
+    each row by itself at once.
+
+    Raises: UserError if the values differ.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+    layers = DynamicCache(config=model.config).layers
+    if model in _CHECKED or not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+        return
+    try:
+        with torch.autocast(model.device.type, enabled=False):
+            gap, most = _gap(model)
+        reason = f"log-probabilities differ by {gap:.2g} nats"
+        exact = gap <= PROBE_TOLERANCE.get(model.dtype, PROBE_TOLERANCE_WIDE) * most
+    except Exception as error:  # noqa: BLE001 - a model may fail in any way at what it was not made for
+        reason, exact = f"it fails with {error!r}", False
+    if not exact:
+        raise UserError(
+            f"the policy must give a response the same log-probabilities token by token and as a whole, but for "
+            f"{type(model).__name__} {reason}: the states of its layers do not follow padded prompts, or the rows that "
+            "they are of. Set model.policy (in evaluate: models)."
+        )
+    _CHECKED.add(model)
+
+
+_CHECKED: WeakSet[nn.Module] = WeakSet()  # models whose states follow their rows
+
+
+def _gap(model: PreTrainedModel) -> tuple[float, float]:
+    """Return how far log-probabilities of decoded tokens lie from those of whole rows, and the largest of them."""
+    generator = torch.Generator().manual_seed(0)
+    embedding: Any = model.get_input_embeddings()
+    tokens = torch.randint(len(embedding.weight), (4, 8), generator=generator).to(model.device)
+    prompt = tokens[:2, :5]
+    mask = torch.arange(5, device=model.device) >= torch.tensor([[0], [3]], device=model.device)
+    decoder = DynamicDecoder(model)
+    found = [decoder.read(prompt, mask, 2).repeat_interleave(2, dim=0), decoder.step(tokens[:, 5])]
+    kept = decoder.keep([True, False, False, True])
+    found += [decoder.step(tokens[kept, at]) for at in (6, 7)]
+    gaps, most = [], []
+    for row in kept:
+        whole = torch.cat([prompt[row // 2][mask[row // 2]], tokens[row, 5:]])
+        logits = model(input_ids=whole[None], use_cache=False).logits[0, -4:]
+        place = kept.index(row)
+        logp = torch.stack([found[0][row], found[1][row], found[2][place], found[3][place]]).float().log_softmax(dim=-1)
+        wanted = logits.float().log_softmax(dim=-1)
+        gaps.append(float((logp - wanted).abs().max()))
+        most.append(float(wanted.abs().max()))
+    return max(gaps), max(most)
 
 
 def read_prompts(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_rlvr.models.memory import in_smaller_parts
-from lightning_rlvr.rollout.decoder import Decoder, DynamicDecoder
+from lightning_rlvr.rollout.decoder import Decoder, DynamicDecoder, check_states
 from lightning_rlvr.rollout.sampling import draw, uniforms
 from lightning_rlvr.types import Engine, Rollouts, Sampling
 
@@ -94,6 +94,7 @@ class TransformersEngine(Engine):
                 return
             except NotPlainError:  # in the first step: the one token sampled so far is sampled again
                 pass
+        check_states(self.model)
         self._run(DynamicDecoder(self.model), batch, groups)
 
     def _run(self, decoder: Decoder, batch: _Batch, groups: int) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lightning_rlvr.rollout import TransformersEngine, decode_attention, decoder
 from lightning_rlvr.rollout import shared_prefix as shared
 from lightning_rlvr.rollout.sampling import draw, uniforms
-from lightning_rlvr.types import Sampling
+from lightning_rlvr.types import Sampling, UserError
 
 PAD, NEVER = 0, 10_000
 PROMPTS = [[40, 41, 42], [7], [5, 6, 7, 8, 9, 10, 11], [60, 3, 3, 20], [33, 2], [9] * 6]
@@ -43,6 +43,11 @@ OTHERS = {
     "gemma3_text": {**GROUPED, "sliding_window": WINDOW, "head_dim": 8},
     "diffllama": GROUPED,  # its layers attend twice, to parts of the values
 }
+STATES = {
+    "lfm2": {**GROUPED, "layer_types": ["conv", "full_attention"]},
+    "falcon_h1": {**GROUPED, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
+    "recurrent_gemma": {**SMALL, "head_dim": 8, "lru_width": 32, "block_types": ["recurrent", "attention"]},
+}
 FAMILIES = [(name, "shared") for name in SHARED] + [(name, "other") for name in OTHERS]
 
 
@@ -50,7 +55,7 @@ def build(name, kind="shared", dtype=torch.float64, attention="sdpa"):
     """A tiny model of a family with random weights, and logits that matter."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = (SHARED if kind == "shared" else OTHERS)[name]
+    settings = {"shared": SHARED, "other": OTHERS, "states": STATES}[kind][name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings), attn_implementation=attention)
@@ -200,6 +205,27 @@ def test_attention_that_does_not_ask_is_noticed(llama, monkeypatch):
 
     monkeypatch.setitem(shared.AttentionInterface._global_mapping, shared.NAME, deaf)
     assert_equal_to_plain(generate(llama), plain(llama))
+
+
+@pytest.mark.parametrize("max_rows", [256, 7])
+def test_states_follow_their_rows(max_rows):
+    model = build("lfm2", "states")
+    assert_equal_to_plain(generate(model, max_rows=max_rows), plain(model))
+
+
+def test_states_beside_keys_in_one_layer_follow_their_rows():
+    from lightning_rlvr.models.forward import response_logp
+
+    model, short = build("falcon_h1", "states", torch.float32), Sampling(max_new_tokens=4)
+    got = generate(model, 2, short, PROMPTS[:2], SEEDS[:2])
+    assert not got.mask.all()
+    torch.testing.assert_close(got.logp, response_logp(model, got, 1.0).logp.detach(), rtol=0, atol=1e-5)
+
+
+def test_states_that_do_not_follow_their_rows_are_refused():
+    model = build("recurrent_gemma", "states", torch.float32)
+    with pytest.raises(UserError, match=r"RecurrentGemmaForCausalLM log-probabilities differ by .* Set model\.policy"):
+        generate(model)
 
 
 def test_attention_of_a_models_own_agrees_in_float32(monkeypatch):
