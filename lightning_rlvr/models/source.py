@@ -22,7 +22,8 @@ class Policy(NamedTuple):
     @property
     def eos_ids(self) -> list[int]:
         """The tokens that end a response: the model's, or the tokenizer's if it names none."""
-        eos = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
+        named = self.model.generation_config.eos_token_id
+        eos = self.tokenizer.eos_token_id if named in (None, []) else named
         return [eos] if isinstance(eos, int) else list(eos)
 
     def decode(self, rollouts: Rollouts) -> list[Response]:
