@@ -31,6 +31,7 @@ PACKAGE = "package:"
 DECIDING = (".safetensors", ".bin", ".gguf", ".json", ".model", ".txt", ".jinja", ".py")  # kinds of file
 UNDECIDING = ("name", "gradient_checkpointing", "cache_dir")  # settings
 CHUNK_BYTES = 1 << 20  # read at a time for the fingerprint
+ATTENTION_WORDS = ("attn_implementation", "FlashAttention", "flash_attn")  # in what transformers says of it
 GGUF_NEEDS = ("gguf", "accelerate")
 
 
@@ -184,6 +185,11 @@ class Pretrained(PolicySource):
             yield
         except (OSError, ValueError, ImportError) as error:
             first_line = str(error).strip().partition("\n")[0]
+            if any(word in str(error) for word in ATTENTION_WORDS):
+                raise UserError(
+                    f"attn_implementation must be one that the model has, got {self.attn_implementation!r} for "
+                    f"{self.name!r} ({first_line}). Set model.policy.init_args.attn_implementation (to eager)."
+                ) from error
             raise UserError(
                 f"name must be a causal language model that transformers can load, got {self.name!r}: reading "
                 f"{folder} failed ({first_line}). {NAME_KEY}"

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lightning_rlvr.models.char_tokenizer import char_tokenizer
 from lightning_rlvr.models.pretrained import Pretrained
@@ -163,3 +163,12 @@ def test_smollm2_answers_a_word_problem(tmp_path_factory):
     assert tokenizer.eos_token == "<|im_end|>"
     assert model.get_input_embeddings().padding_idx is None
     assert "Paris" in tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("ask", [lambda source: source.skeleton(), lambda source: source.load()])
+def test_an_attention_that_a_model_lacks_is_an_error_that_names_its_key(tmp_path, ask):
+    char_tokenizer().save_pretrained(tmp_path)
+    BloomForCausalLM(BloomConfig(vocab_size=99, hidden_size=8, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"got 'sdpa' .*Set model\.policy\.init_args\.attn_implementation"):
+        ask(Pretrained(str(tmp_path)))
+    assert Pretrained(str(tmp_path), attn_implementation="eager").skeleton().config.n_layer == 1
