@@ -1,6 +1,7 @@
 """The packed way against the plain one: the same values and gradients, computed once and without padding."""
 
 import os
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -223,6 +224,18 @@ def test_models_with_other_heads_take_the_plain_way(made):
     loss = response_loss(model, rollouts, 1.0, lambda v, rows: v.logp[rows.argsort()].sum())
     assert torch.equal(loss, plain.logp.sum())
     assert [len(part) for part in micro_batches(model, rollouts, torch.arange(9), 4)] == [4, 4, 1]
+
+
+@pytest.mark.parametrize(("made", "packed"), [(lambda: TinyPolicy().load().model, True), (soft_capped, False)])
+def test_states_near_the_end_of_float16_are_compared_within_it(made, packed):
+    model = made().half()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(40)
+    rollouts = batch()
+    assert _plain(model, rollouts, 1.0, False).logp.isfinite().all()
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        assert packs(model) == packed
 
 
 def test_a_changed_output_layer_takes_the_plain_way():
