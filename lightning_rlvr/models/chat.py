@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from lightning_rlvr.types import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MARKUP = re.compile(r"<[^<>\s]+>")
 STAND_IN = "QUESTIONSTANDSHERE"  # letters only: a template that strips or escapes leaves it as it is
 
 
@@ -21,8 +25,8 @@ class PromptFormat:
         chat_template: use the tokenizer's chat template (the question is the user's message); by default used
             if the tokenizer has one. Without it the question's text is the prompt as it is.
         system: the system message; needs a chat template.
-        control_tokens: whether the names of special tokens that stand in a question ("<|im_end|>") become these tokens,
-            for a prompt_template that writes them; by default they are text, whoever wrote the question.
+        control_tokens: whether the names of control tokens that stand in a question ("<|im_end|>", "<think>") become
+            these tokens, for a prompt_template that writes them; by default they are text, whoever wrote the question.
     """
 
     chat_template: bool | None = None
@@ -41,15 +45,16 @@ class PromptFormat:
                 "chat_template is true, but this tokenizer has no chat template. Set prompt_format.chat_template "
                 "to false, or take an instruction-tuned model."
             )
+        # Where a question names a control token, the template is read without it, and it apart.
+        apart = not self.control_tokens and any(name in text for name in control_names(tokenizer))
+        reader = _reader(tokenizer) if apart else tokenizer
         if not wanted:
             if self.system is not None:
                 raise UserError(
                     f"a system message ({self.system!r}) needs a chat template, and none is used. "
                     "Remove prompt_format.system, or put its text into the task's prompt_template."
                 )
-            return list(tokenizer(text, split_special_tokens=not self.control_tokens)["input_ids"])
-        # Where a question names a control token, the template is read without it, and it apart.
-        apart = not self.control_tokens and any(name in text for name in control_names(tokenizer))
+            return list(reader(text, split_special_tokens=not self.control_tokens)["input_ids"])
         messages = [{"role": "user", "content": STAND_IN if apart else text}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
@@ -57,11 +62,28 @@ class PromptFormat:
         if not apart:
             return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
         first, *rest = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in rendered.split(STAND_IN)]
-        question = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        question = reader(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [*first, *(token for piece in rest for token in [*question, *piece])]
 
 
 def control_names(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Return the texts that the tokenizer reads as a special token."""
+    """Return the texts that the tokenizer reads as a control token: a special one, or one that looks like markup."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return added | set(tokenizer.all_special_tokens)
+    return added | set(tokenizer.all_special_tokens) | _markup(tokenizer)
+
+
+def _markup(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if not token.special}
+    return {name for name in added if MARKUP.fullmatch(name)}
+
+
+def _reader(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that can read all control tokens as text; splitting leaves out those not marked special."""
+    if tokenizer not in _READERS:
+        reader = copy.deepcopy(tokenizer)
+        reader.add_tokens(sorted(_markup(tokenizer)), special_tokens=True)
+        _READERS[tokenizer] = reader
+    return _READERS[tokenizer]
+
+
+_READERS: WeakKeyDictionary[PreTrainedTokenizerBase, PreTrainedTokenizerBase] = WeakKeyDictionary()

@@ -1,4 +1,5 @@
 import pytest
+from tokenizers import AddedToken
 
 from lightning_rlvr.models.char_tokenizer import char_tokenizer
 from lightning_rlvr.models.chat import PromptFormat
@@ -90,3 +91,21 @@ def test_the_name_of_a_control_token_in_a_question_is_text(template):
     meant = PromptFormat(control_tokens=True).encode(tokenizer, text)
     assert meant.count(tokenizer.eos_token_id) == 2 + (template is not None)
     assert PromptFormat().encode(tokenizer, "2+3") == PromptFormat(control_tokens=True).encode(tokenizer, "2+3")
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE + "<think>"])
+def test_markup_that_is_a_token_without_being_special_is_text_too(template):
+    tokenizer = char_tokenizer()
+    names = ["<think>", "</think>", "12"]
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
+    tokenizer.split_special_tokens = False
+    tokenizer.chat_template = template
+    think, ended, number = tokenizer.convert_tokens_to_ids(names)
+    text = "a<think>b</think>"
+    ids = PromptFormat().encode(tokenizer, text)
+    assert text in tokenizer.decode(ids)
+    assert (ids.count(think), ids.count(ended)) == (template is not None, 0)  # the template's own
+    meant = PromptFormat(control_tokens=True).encode(tokenizer, text)
+    assert (meant.count(think), meant.count(ended)) == (1 + (template is not None), 1)
+    assert number in PromptFormat().encode(tokenizer, "12"), "a token like any other"
+    assert think in tokenizer("<think>")["input_ids"], "the tokenizer is as it was"
