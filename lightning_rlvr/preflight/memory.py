@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -107,24 +108,28 @@ def estimate(
     place: Placement,
     make_optimizer: Callable[[Any], torch.optim.Optimizer],
     reference: bool,
+    offloaded: bool = False,
 ) -> Memory:
     """Return the memory of a process from the second step on, if all prompts and responses are as long as they may be.
 
     What is read from the model is traced (see trace.py); the vocabulary's head, the sampler and the keys and values of
-    responses follow the formulas of the code that holds them.
+    responses follow the formulas of the code that holds them. An `offloaded` reference is on a GPU for its pass only.
     """
     weights = sum(parameter.nbytes for parameter in model.parameters())
     trained = trained_bytes(model)
     head = model.get_output_embeddings()
     size, hidden = head.weight.shape
     vocabulary = Vocabulary(size, hidden, head.weight.element_size(), place, head.weight.requires_grad)
-    optimizer = optimizer_step(model, make_optimizer, place.accelerator)
-    state, extra = optimizer or (ADAM_STATES * trained, trained)
+    stepped = copy.deepcopy(model).float() if place.master_bytes else model  # what the optimizer is given
+    masters = trained_bytes(stepped)
+    state, extra = optimizer_step(stepped, make_optimizer, place.accelerator) or (ADAM_STATES * masters, masters)
+    frozen = weights // place.weights if reference and not adapted(model) else 0
+    away = offloaded and place.accelerator
     parts = {
         "weights": weights // place.weights,
         "gradients": trained // place.gradients,
-        "optimizer": (state + place.master_bytes * trained // head.weight.element_size()) // place.optimizer,
-        "reference": weights // place.weights if reference and not adapted(model) else 0,
+        "optimizer": (state + (masters if place.master_bytes else 0)) // place.optimizer,
+        "reference": 0 if away else frozen,
         "communication": trained if place.buckets else 0,
         "batch": work.prompts * work.samples * (work.response_tokens * RETURNED_BYTES + work.prompt_tokens * 9),
     }
@@ -137,6 +142,8 @@ def estimate(
     }
     if work.recompute:
         moments["statistics"] = _statistics(model, work, place, vocabulary)
+    if frozen and away:
+        moments["reference"] = {"reference": frozen, **_statistics(model, work, place, vocabulary)}
     return Memory(parts, moments)
 
 

@@ -93,7 +93,7 @@ def _shared(found: Placement, name: str, settings: Mapping[str, Any]) -> Placeme
         return found
     if name == "auto" or name.startswith("ddp") or name == "DDPStrategy":
         return replace(found, buckets=world > 1 and not settings.get("gradient_as_bucket_view"))
-    if name in ("fsdp", "fsdp2", "FSDPStrategy", "FSDP2Strategy", "ModelParallelStrategy"):
+    if name in ("fsdp2", "FSDP2Strategy", "ModelParallelStrategy"):
         return replace(found, weights=world, gradients=world, optimizer=world)
     if name.startswith("deepspeed") or name == "DeepSpeedStrategy":
         stage = int(settings.get("stage") or (name.split("stage_")[1][0] if "stage_" in name else 2))
@@ -110,7 +110,7 @@ def _shared(found: Placement, name: str, settings: Mapping[str, Any]) -> Placeme
             master_bytes=4 if half else 0,
         )
     raise UserError(
-        f"strategy must be ddp, fsdp, fsdp2, ModelParallelStrategy or a deepspeed_stage to be counted, got {name}. "
+        f"strategy must be ddp, fsdp2, ModelParallelStrategy or a deepspeed_stage to be counted, got {name}. "
         "Set trainer.strategy."
     )
 

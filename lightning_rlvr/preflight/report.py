@@ -119,7 +119,8 @@ def inspect(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     prompts = _prompts(data, module)
     work = _work(data, module, place, int(prompts.get("longest kept", data.max_prompt_tokens)))
-    memory = estimate(model, work, place, module._optimizer, module.objective.needs_reference)
+    reference = module.objective.needs_reference
+    memory = estimate(model, work, place, module._optimizer, reference, module.offload_reference)
     room = _room(place, gpu_memory)
     if module.vllm is not None:
         memory = _with_vllm(memory, module.vllm, room if place.accelerator else None)
@@ -127,8 +128,6 @@ def inspect(
     weights = sum(parameter.nbytes for parameter in model.parameters())
     state = memory.parts["optimizer"] * place.optimizer if place.optimizer <= place.world else 12 * trained
     kept = trained_bytes(model) + state
-    keeps = settings.get("checkpoint") or {}
-    count = max(0, int(keeps.get("save_top_k", 1))) + bool(keeps.get("save_last"))
     inert = module.objective.inert(module.updates_per_rollout)
     facts: dict[str, dict[str, Any]] = {
         "model": {
@@ -147,14 +146,19 @@ def inspect(
         },
         "terms that cannot act": {str(i): reason for i, reason in enumerate(inert, 1)} or {"none": ""},
         "prompts": prompts,
-        "disk": {
-            "a checkpoint bytes": kept,
-            "checkpoints kept": count,
-            "export bytes": weights,
-            "all bytes": kept * count + weights,
-        },
+        "disk": _disk(settings.get("checkpoint") or {}, kept, weights),
     }
     return Report(facts, memory, room, place, _refused(data, module, model))
+
+
+def _disk(keeps: Mapping[str, Any], checkpoint: int, export: int) -> dict[str, Any]:
+    """Count checkpoints while the last is written: last.ckpt, the one before it where there is one, and the best."""
+    best = int(keeps.get("save_top_k", 1))
+    facts: dict[str, Any] = {"a checkpoint bytes": checkpoint, "export bytes": export}
+    if best < 0:
+        return {**facts, "checkpoints at most": "no bound: checkpoint.save_top_k is -1"}
+    count = best + (2 if keeps.get("save_last") else 1) + 1
+    return {**facts, "checkpoints at most": count, "all bytes": checkpoint * count + export}
 
 
 def _work(data: RLVRDataModule, module: RLVRModule, place: Placement, prompt_tokens: int) -> Work:

@@ -51,6 +51,19 @@ def test_terms_that_cannot_act_and_prompts_that_are_too_long_are_said(before):
     assert said["prompts"]["share over max_prompt_tokens (5)"] == 1.0
 
 
+def test_checkpoints_are_counted_while_one_is_written(before):
+    _, said, _ = before()
+    one, export = said["disk"]["a checkpoint bytes"], said["disk"]["export bytes"]
+    assert said["disk"]["checkpoints at most"] == 3
+    assert said["disk"]["all bytes"] == 3 * one + export
+    best = {"checkpoint__monitor": "val/avg@2"}
+    _, said, _ = before(**best, checkpoint__save_top_k=2, checkpoint__save_last="false")
+    assert said["disk"]["checkpoints at most"] == 2 + 1 + 1
+    _, said, printed = before(**best, checkpoint__save_top_k=-1)
+    assert "all bytes" not in said["disk"]
+    assert "no bound" in printed.out
+
+
 @pytest.mark.parametrize(("key", "of"), [("model__sampling", "sampling"), ("model__eval_sampling", "eval_sampling")])
 def test_responses_beyond_the_models_positions_are_said(before, key, of):
     status, said, printed = before(**{f"{key}__max_new_tokens": 1024})

@@ -129,9 +129,41 @@ def test_rollouts_under_autocast_hold_rounded_weights_and_keys():
     assert sum(weight.nbytes for weight in decoder.linears._rounded.weights.values()) == half["rounded weights"]
 
 
+def small_work():
+    return Work(
+        samples=4, prompt_tokens=8, response_tokens=16, prompts=2, updates=1, micro_batch_size=8, rollout_rows=8,
+        **NO_EVALUATION,
+    )  # fmt: skip
+
+
+def test_a_reference_that_is_kept_off_a_gpu_is_there_for_its_pass():
+    model = SmallPolicy().skeleton()
+    weights = sum(p.nbytes for p in model.parameters())
+
+    def told(accelerator, offloaded):
+        return estimate(model, small_work(), Placement(accelerator=accelerator), torch.optim.AdamW, True, offloaded)
+
+    there, away, cpu = told(True, False), told(True, True), told(False, True)
+    assert (there.parts["reference"], away.parts["reference"], cpu.parts["reference"]) == (weights, 0, weights)
+    assert away.moments["reference"]["reference"] == weights
+    assert "reference" not in there.moments | cpu.moments
+    assert {name: there.totals[name] - away.totals[name] for name in there.totals} == dict.fromkeys(
+        there.totals, weights
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_deepspeeds_optimizer_steps_float32_weights(dtype):
+    model = SmallPolicy().skeleton().to(dtype)
+    place = Placement(dtype=dtype, master_bytes=4 if dtype == torch.bfloat16 else 0)
+    count = sum(p.numel() for p in model.parameters())
+    parts = estimate(model, small_work(), place, torch.optim.AdamW, False).parts
+    assert parts["optimizer"] == (4 + 4 + place.master_bytes) * count
+
+
 def test_a_strategy_shares_out_what_it_shards():
     four = {"accelerator": "gpu", "devices": 4, "precision": "bf16-mixed"}
-    ddp, fsdp = (placement({**four, "strategy": name}, False) for name in ("ddp", "fsdp"))
+    ddp, fsdp = (placement({**four, "strategy": name}, False) for name in ("ddp", "fsdp2"))
     assert (ddp.world, ddp.weights, ddp.optimizer, ddp.buckets) == (4, 1, 1, True)
     assert (fsdp.weights, fsdp.gradients, fsdp.optimizer, fsdp.joined) == (4, 4, 4, True)
     view = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"gradient_as_bucket_view": True}}
@@ -142,7 +174,7 @@ def test_a_strategy_shares_out_what_it_shards():
     assert placement({"accelerator": "auto", "devices": "0,1", "num_nodes": 2}, False).world == 4
 
 
-@pytest.mark.parametrize(("key", "value"), [("strategy", "telepathy"), ("precision", "4-bit")])
+@pytest.mark.parametrize(("key", "value"), [("strategy", "telepathy"), ("strategy", "fsdp"), ("precision", "4-bit")])
 def test_what_cannot_be_counted_is_refused(key, value):
     with pytest.raises(UserError, match=f"got {value}. Set trainer.{key}"):
         placement({"devices": 1, key: value}, False)
