@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -245,6 +245,11 @@ def parallel_of(module: RLVRModule) -> Parallel:
             if model is not None:
                 shard(model, mesh["data_parallel"], half=strategy.precision_plugin.precision == "bf16-mixed")
         return FullySharded(module)
+    if isinstance(strategy, FSDPStrategy):
+        raise UserError(
+            "strategy must not be fsdp: it exchanges gradients around one forward pass, and takes the whole training "
+            "step, with its backward passes, for that. Set trainer.strategy to fsdp2."
+        )
     if isinstance(strategy, DeepSpeedStrategy):
         assert isinstance(strategy.config, dict)
         strategy.config["gradient_clipping"] = module.max_grad_norm or 0.0

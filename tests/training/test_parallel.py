@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lightning_rlvr.models.forward import packs
 from lightning_rlvr.types import UserError
@@ -332,6 +332,13 @@ def test_tensor_parallelism_is_refused():
     strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
     with pytest.raises(UserError, match=r"tensor_parallel_size must be 1, got 2.*Set trainer\.strategy"):
         parallel_of(SimpleNamespace(_trainer=SimpleNamespace(strategy=strategy)))
+
+
+def test_fully_sharded_data_parallelism_of_old_is_refused():
+    from lightning_rlvr.training.parallel import parallel_of
+
+    with pytest.raises(UserError, match=r"must not be fsdp.*Set trainer\.strategy to fsdp2"):
+        parallel_of(SimpleNamespace(_trainer=SimpleNamespace(strategy=object.__new__(FSDPStrategy))))
 
 
 def test_a_strategy_that_could_not_read_its_checkpoints_is_refused():
