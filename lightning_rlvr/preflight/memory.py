@@ -207,8 +207,11 @@ def _rollout(model: PreTrainedModel, work: Work, place: Placement, vocabulary: V
 
 
 def _rounded_weights(model: PreTrainedModel, place: Placement) -> int:
-    """Return the bytes of the copies that decoding steps keep of the weights of linear layers under autocast."""
-    if place.autocast is None:
+    """Return the bytes of the copies that decoding steps keep of the weights of linear layers under autocast.
+
+    Weights that are gathered come rounded.
+    """
+    if place.autocast is None or place.weights > 1:
         return 0
     linear = [part.weight for part in model.modules() if type(part) is nn.Linear]
     return sum(weight.numel() for weight in linear if weight.dtype == torch.float32) * place.autocast.itemsize

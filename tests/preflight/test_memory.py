@@ -120,6 +120,10 @@ def test_rollouts_under_autocast_hold_rounded_weights_and_keys():
     linear = sum(part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear))
     assert (wide["rounded weights"], half["rounded weights"]) == (0, 2 * linear)
     assert half["keys and values"] * 2 == wide["keys and values"]
+    sharded = Placement(accelerator=True, autocast=torch.bfloat16, world=2, weights=2)
+    gathered = estimate(model, work, sharded, torch.optim.AdamW, False).moments["rollout"]
+    assert gathered["rounded weights"] == 0
+    assert gathered["gathered weights"] == 2 * sum(weight.numel() for weight in model.parameters())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         decoder = SharedPrefixDecoder(source.load().model, 8, 16)
         decoder.read(torch.full((2, 8), 5), torch.ones(2, 8, dtype=torch.bool), 4)
