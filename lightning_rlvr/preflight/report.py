@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from lightning_rlvr.curriculum.sampler import check_batch_size
 from lightning_rlvr.models.forward import joins
 from lightning_rlvr.preflight.memory import Memory, Work, estimate, trained_bytes
 from lightning_rlvr.preflight.placement import Placement, placement
@@ -162,11 +163,7 @@ def _disk(keeps: Mapping[str, Any], checkpoint: int, export: int) -> dict[str, A
 
 
 def _work(data: RLVRDataModule, module: RLVRModule, place: Placement, prompt_tokens: int) -> Work:
-    if data.prompts_per_batch % place.world:
-        raise UserError(
-            f"prompts_per_batch must be a multiple of the {place.world} processes, got {data.prompts_per_batch}. "
-            "Set data.prompts_per_batch or trainer.devices."
-        )
+    check_batch_size(data.prompts_per_batch, place.world)
     mine = data.prompts_per_batch // place.world
     return Work(
         prompts=mine,

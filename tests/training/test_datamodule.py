@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 from support import Counting
+from transformers import PreTrainedConfig
 
 from lightning_rlvr.training import RLVRDataModule
-from lightning_rlvr.types import UserError
+from lightning_rlvr.types import Sampling, UserError
 
 
 def held_out(questions, size, world):
@@ -14,7 +15,13 @@ def held_out(questions, size, world):
     modules = [RLVRDataModule(val=Counting(questions), eval_prompts_per_batch=size) for _ in range(world)]
     for rank, data in enumerate(modules):
         data.questions = {"val": Counting(questions).load()}
-        data.trainer = SimpleNamespace(world_size=world, global_rank=rank)
+        data.longest = {"val": 5}
+        policy = SimpleNamespace(config=PreTrainedConfig())
+        data.trainer = SimpleNamespace(
+            world_size=world,
+            global_rank=rank,
+            lightning_module=SimpleNamespace(policy=policy, eval_sampling=Sampling(4)),
+        )
     return modules
 
 
