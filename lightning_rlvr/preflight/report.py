@@ -7,6 +7,7 @@ import os
 import statistics
 from argparse import ArgumentParser
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +20,6 @@ from lightning_rlvr.preflight.memory import Memory, Work, estimate, trained_byte
 from lightning_rlvr.preflight.placement import Placement, placement
 from lightning_rlvr.rollout import VLLM
 from lightning_rlvr.training import RLVRDataModule, RLVRModule
-from lightning_rlvr.training.datamodule import Split
 from lightning_rlvr.types import Prompt, UserError
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def inspect(
         "prompts": prompts,
         "disk": _disk(settings.get("checkpoint") or {}, kept, weights),
     }
-    return Report(facts, memory, room, place, _refused(data, module, model))
+    return Report(facts, memory, room, place, _refused(data, module, model, prompts))
 
 
 def _disk(keeps: Mapping[str, Any], checkpoint: int, export: int) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def _prompts(data: RLVRDataModule, module: RLVRModule) -> dict[str, Any]:
         "measured": len(lengths),
         "median tokens": int(statistics.median(lengths)),
         "longest tokens": max(lengths),
-        "longest kept": min(max(lengths), limit),
+        "longest kept": max((length for length in lengths if length <= limit), default=limit),
         f"share over max_prompt_tokens ({limit})": sum(length > limit for length in lengths) / len(lengths),
         "responses are cut at tokens": module.sampling.max_new_tokens,
     }
@@ -211,21 +211,21 @@ def _lengths(questions: Sequence[Prompt], module: RLVRModule) -> list[int]:
     return [len(module.prompt_format.encode(tokenizer, question.text)) for question in sample]
 
 
-def _refused(data: RLVRDataModule, module: RLVRModule, model: PreTrainedModel) -> str | None:
+def _refused(
+    data: RLVRDataModule, module: RLVRModule, model: PreTrainedModel, prompts: Mapping[str, Any]
+) -> str | None:
     """Return why `fit` would refuse the lengths of prompts and responses; None if not, or if they cannot be read."""
-    splits: tuple[Split, ...] = ("train", "val")
-    for split in splits:
-        task = data.tasks[split]
-        try:
-            questions = [] if task is None else task.load()
-        except UserError:  # said of the training questions
-            continue
-        if kept := [length for length in _lengths(questions, module) if length <= data.max_prompt_tokens]:
-            data.longest[split] = max(kept)
-            try:
-                data.check_length(split, module, model)
-            except UserError as error:
-                return str(error)
+    if "longest kept" in prompts:
+        data.longest["train"] = prompts["longest kept"]
+    if data.tasks["val"] is not None:
+        with suppress(UserError):  # as it is said of the training questions
+            lengths = _lengths(data.tasks["val"].load(), module)
+            data.longest["val"] = max((length for length in lengths if length <= data.max_prompt_tokens), default=0)
+    try:
+        for split in data.longest:
+            data.check_length(split, module, model)
+    except UserError as error:
+        return str(error)
     return None
 
 

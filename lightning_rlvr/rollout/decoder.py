@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
 
+STATES = "conv_states"  # attribute of a cache's layer that holds states instead of, or beside, keys and values
+
+
 class Decoder(ABC):
     """Responses in the making. A row is one of them; rows are numbered from 0 in the order of `read` and `keep`."""
 
@@ -77,7 +80,7 @@ class DynamicDecoder(Decoder):
 
 @torch.no_grad()
 def check_states(model: PreTrainedModel) -> None:
-    """Let a model decode whose layers hold states instead of keys and values, if padding and copies do them no harm.
+    """Let a model decode whose layers hold states, if padding and copies do them no harm.
 
     Found out once for a model: responses to two prompts of different lengths, one of each dropped on the way, against
     each row by itself at once.
@@ -85,10 +88,9 @@ def check_states(model: PreTrainedModel) -> None:
     Raises: UserError if the values differ.
     """
     from transformers import DynamicCache
-    from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
     layers = DynamicCache(config=model.config).layers
-    if model in _CHECKED or not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+    if model in _CHECKED or not any(hasattr(layer, STATES) for layer in layers):
         return
     try:
         with torch.autocast(model.device.type, enabled=False):
