@@ -158,7 +158,8 @@ def prompt_pass(model: PreTrainedModel, prompts: int, prompt: int, autocast: tor
         policy.eval()  # recomputed layers would keep no cache
         seen = torch.ones(prompts, prompt, dtype=torch.bool)
         _, cache = read_prompts(policy, seen.long(), seen)  # type: ignore[arg-type]
-        states = [x for keys, values, *_ in cache for x in (keys, values)]
+        held = tree_iter([vars(layer) for layer in cache.layers])  # keys and values, states of recurrent layers
+        states = [x for x in held if isinstance(x, Tensor) and x.dim() > 1]
         rounded = sum(x.numel() * min(x.element_size(), (autocast or x.dtype).itemsize) for x in states)
         return PromptPass(sum(x.nbytes for x in states), rounded, live.peak)
 

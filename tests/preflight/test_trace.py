@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from support import TinyPolicy
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_rlvr.preflight.trace import LiveBytes, optimizer_step, prompt_pass, update_pass
 
@@ -35,6 +36,15 @@ def test_prompts_leave_their_keys_and_values(skeleton):
     read = prompt_pass(skeleton, prompts=3, prompt=7, autocast=None)
     assert read.cache == 3 * 7 * KEYS_OF_A_TOKEN
     assert read.peak > read.cache
+
+
+def test_recurrent_layers_leave_their_states():
+    sizes = {"vocab_size": 20, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("lfm2", **sizes, num_hidden_layers=2, layer_types=["conv", "full_attention"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    keys, states = 7 * 2 * 2 * 8, 32 * config.conv_L_cache  # of tokens, keys and values, heads, their size
+    assert prompt_pass(model, prompts=3, prompt=7, autocast=None).cache == 3 * 4 * (keys + states)
 
 
 def test_a_shared_prompt_is_held_once(skeleton):
