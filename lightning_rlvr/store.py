@@ -128,7 +128,7 @@ class Store:
         remedy = f"{self.setting}, or remove {self.parts}"
         records = [record for part in self._files() for record in _read(part, remedy).to_pylist()]
         by_key = {record[self.key]: record for record in records}
-        twice = sorted({record[self.key] for record in records if record != by_key[record[self.key]]})
+        twice = sorted({record[self.key] for record in records if not _same(record, by_key[record[self.key]])})
         if twice or by_key.keys() != set(order):
             raise ValueError(
                 f"{self.parts} holds {len(by_key)} records, needed are {len(set(order))}: missing "
@@ -173,6 +173,15 @@ class Store:
         finally:
             partial.unlink(missing_ok=True)
         return True
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values from files are equal; nan is nan."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(value, b[key]) for key, value in a.items())
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b or (a != a and b != b))
 
 
 @contextmanager

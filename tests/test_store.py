@@ -1,4 +1,6 @@
+import contextlib
 import errno
+import math
 import os
 import select
 import signal
@@ -88,6 +90,17 @@ def test_a_rank_that_outlived_its_run_does_no_harm(tmp_path):
     fresh.append([record(uid) for uid in ORDER[2:]])
     fresh.finish(ORDER)
     assert (tmp_path / "b.parquet").read_bytes() == whole
+
+
+def test_a_record_with_nan_may_be_there_twice_as_well(tmp_path):
+    untold = {"uid": "q0", "entropy": math.nan, "logp": [math.nan, -1.0], "by": {"part": math.nan}}
+    for change, same in (({}, True), ({"logp": [math.nan, -2.0]}, False), ({"by": {"part": 0.0}}, False)):
+        store = Store(tmp_path / f"{change}.parquet", MANIFEST)
+        store.append([untold])
+        store.append([{**untold, **change}])
+        with contextlib.nullcontext() if same else pytest.raises(ValueError, match="twice and not the same"):
+            store.finish(["q0"])
+        assert store.path.exists() == same
 
 
 def test_what_a_killed_writer_left_half_done_is_not_read(tmp_path):
