@@ -15,6 +15,7 @@ import torch
 
 from lightning_rlvr.ops.semantic_entropy import Estimator, Unparsable, cluster_groups, semantic_entropy
 from lightning_rlvr.rewards import verdicts_of
+from lightning_rlvr.rewards.identity import questions_digest
 from lightning_rlvr.rollout import Served, seed_of
 from lightning_rlvr.store import Store, read_records
 from lightning_rlvr.types import Engine, Prompt, Response, Reward, Rollouts, Sampling, UserError, Verdict
@@ -209,7 +210,7 @@ def manifest(
         "prompt_format": prompt_format,
         "prompt_tokens": _hash([encode(p.text) for p in prompts]),
         "reward": reward,
-        "data": _hash([(p.uid, p.text, p.answer) for p in prompts]),
+        "data": questions_digest(prompts),
         "questions": len(prompts),
         "max_new_tokens": max_new_tokens,
         "seed": scoring.seed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from lightning_rlvr.models.pretrained import file_digest
 from lightning_rlvr.ops.pass_at_k import UNPARSED
 from lightning_rlvr.ops.semantic_entropy import cluster_groups
 from lightning_rlvr.rewards import verdicts_of
+from lightning_rlvr.rewards.identity import questions_digest, shown
 from lightning_rlvr.store import Record, Store
 from lightning_rlvr.types import Prompt, Response, Reward, UserError, Verdict
 
@@ -25,10 +25,9 @@ def judging_manifest(reward: Reward, questions: Sequence[Prompt], responses: Pat
 
     The file counts by its content: another machine samples other responses from an equal manifest.
     """
-    golds = "\n".join(repr((p.uid, p.text, p.answer, dict(p.metadata))) for p in questions)
     return {
-        "reward": repr(reward),
-        "golds": hashlib.sha256(golds.encode()).hexdigest(),
+        "reward": shown(reward, "the benchmark's reward"),
+        "golds": questions_digest(questions),
         "responses": file_digest(responses),
     }
 

@@ -12,6 +12,7 @@ import torch
 from lightning_rlvr.models import PolicySource, PromptFormat
 from lightning_rlvr.models.length import check_length
 from lightning_rlvr.models.source import decode
+from lightning_rlvr.rewards.identity import shown
 from lightning_rlvr.rollout import Served, ServedEngine, TransformersEngine, seed_of
 from lightning_rlvr.store import Record, Store
 from lightning_rlvr.types import Engine, Prompt, Sampling, UserError
@@ -46,7 +47,7 @@ class Generation:
         """Return what the responses depend on; equal manifests mean equal responses."""
         return {
             "policy": source.fingerprint(),
-            "prompt_format": repr(self.prompt_format),
+            "prompt_format": shown(self.prompt_format, "prompt_format"),
             "samples": self.samples,
             **asdict(self.sampling),
             "seed": self.seed,

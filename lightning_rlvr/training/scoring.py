@@ -18,6 +18,7 @@ from torch import nn
 from lightning_rlvr.curriculum import Scoring
 from lightning_rlvr.curriculum import score as scores
 from lightning_rlvr.models import Policy
+from lightning_rlvr.rewards.identity import shown
 from lightning_rlvr.rollout import ServedEngine, TransformersEngine
 from lightning_rlvr.store import Store, user_path
 from lightning_rlvr.training.distributed import all_ranks
@@ -41,20 +42,14 @@ class QuestionScores:
 
     def __init__(self, module: RLVRModule, prompts: list[Prompt], scoring: Scoring, trainer: Trainer) -> None:
         self.module, self.prompts, self.scoring, self.trainer = module, prompts, scoring, trainer
-        for key, value in (("reward", module.reward), ("prompt_format", module.prompt_format)):
-            if type(value).__repr__ is object.__repr__:
-                raise UserError(
-                    f"{type(value).__name__} must have a __repr__ that shows its settings: scores are kept by it. "
-                    f"Add one to the class named in model.{key}."
-                )
         tokenizer = module.policy_source.tokenizer()
         self.about = scores.manifest(
             prompts,
             partial(module.prompt_format.encode, tokenizer),
             module.policy_source.fingerprint(),
             str(trainer.precision),
-            repr(module.prompt_format),
-            repr(module.reward),
+            shown(module.prompt_format, "model.prompt_format"),
+            shown(module.reward, "model.reward"),
             scoring,
             module.sampling.max_new_tokens,
         )

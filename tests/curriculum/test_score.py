@@ -335,6 +335,7 @@ DIFFERENT = [
     {"prompts": Counting(7).load()[::-1]},
     {"prompts": [*Counting(6).load(), Prompt("count:6", "6=", "another answer")]},
     {"prompts": [*Counting(6).load(), Prompt("count:6", "another text", "6")]},
+    {"prompts": [*Counting(6).load(), Prompt("count:6", "6=", "6", {"alternatives": ["six"]})]},
 ]
 
 
