@@ -21,6 +21,7 @@ from lightning_rlvr.evaluation.report import RESULTS, Report, write_report
 from lightning_rlvr.evaluation.sample import Generation, sample, texts_digest
 from lightning_rlvr.models import PolicySource, PromptFormat
 from lightning_rlvr.models.pretrained import file_digest
+from lightning_rlvr.rewards.identity import shown
 from lightning_rlvr.rollout import Served
 from lightning_rlvr.store import Store, read_manifest, read_records
 from lightning_rlvr.types import Prompt, Sampling, UserError
@@ -68,8 +69,8 @@ def evaluate(
     In the output folder: samples/MODEL/BENCHMARK.parquet (all responses), verdicts/ (the same for what the rewards
     said), results.json, table.md, table.csv, table.png, and config.yaml with these settings. The same command continues
     what was interrupted. With neither models nor benchmarks, a finished folder is measured anew; with benchmarks alone,
-    its responses are also judged anew where reward or gold answers have changed. Two or more models are compared with
-    the first, problem by problem.
+    its responses to these are first judged anew where reward or gold answers have changed. Two or more models are
+    compared with the first, problem by problem.
 
     Args:
         output: folder of the evaluation.
@@ -99,6 +100,8 @@ def evaluate(
         questions = {b.name: b.questions(unjudgeable) for b in suite or []}
         if models is not None:
             chosen_ks(ks, samples)  # sooner than after hours of sampling
+            for benchmark in suite or []:
+                shown(benchmark.reward, f"the reward of benchmark {benchmark.name!r}")
             _sample(_named(models), questions, folder, generation)
         names = list(models) if models is not None else _finished(folder)[0]
         for benchmark in suite or []:
@@ -107,7 +110,7 @@ def evaluate(
     finally:
         for benchmark in suite or []:
             benchmark.reward.close()
-    measured_on = list(questions) if suite is not None else _finished(folder)[1]
+    measured_on = list(dict.fromkeys([*(_finished(folder)[1] if models is None else []), *questions]))
     report = _measure(names, measured_on, folder, ks, bootstrap)
     write_report(report, output)
     return report
@@ -208,7 +211,9 @@ def _finished(folder: Folder) -> tuple[list[str], list[str]]:
 def command_line() -> ArgumentParser:
     """Return the parser of `python -m lightning_rlvr evaluate`."""
     parser = ArgumentParser(prog="python -m lightning_rlvr evaluate", exit_on_error=False, allow_abbrev=False)
-    parser.description = (evaluate.__doc__ or "").partition("Args:")[0]
+    parser.description = (evaluate.__doc__ or "").partition("Args:")[0].rstrip() + (
+        " What is left out is as below; with neither models nor --config, it is as in the folder's config.yaml."
+    )
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file with any of the keys below.")
     parser.add_function_arguments(evaluate, as_positional=False)
     return parser
@@ -230,9 +235,10 @@ def main(args: list[str]) -> None:
 
 
 def _stored(args: Sequence[str]) -> list[str]:
-    """Return as arguments the settings of the folder to be measured anew, where no config is given."""
+    """Return as arguments the settings of the folder to be measured anew, where neither config nor models are given."""
     words = [word for arg in args for word in arg.split("=", 1)]
-    if "--config" in words or "--output" not in words[:-1]:
+    given = {word.partition(".")[0] for word in words}
+    if given & {"--config", "--models"} or "--output" not in words[:-1]:
         return []
     file = Path(words[words.index("--output") + 1]) / CONFIG
     if not file.is_file():

@@ -6,13 +6,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from support import TinyPolicy
+from support import Nameless, TinyPolicy
 
-from lightning_rlvr.evaluation import evaluate
+from lightning_rlvr.evaluation import command, evaluate
 from lightning_rlvr.evaluation import sample as sampling_module
-from lightning_rlvr.evaluation.judge import _judge
+from lightning_rlvr.evaluation.judge import _judge, judging_manifest
 from lightning_rlvr.models import Policy, PromptFormat
-from lightning_rlvr.rewards import MathAnswer
+from lightning_rlvr.rewards import MathAnswer, Part, WeightedSum
 from lightning_rlvr.rollout import TransformersEngine, seed_of
 from lightning_rlvr.store import Store, read_manifest
 from lightning_rlvr.types import Prompt, Sampling, UserError
@@ -186,6 +186,32 @@ def test_other_golds_are_judged_anew_but_not_sampled(tmp_path, vowels, monkeypat
     )
 
 
+def test_one_benchmark_judged_anew_leaves_the_others_in_the_results(tmp_path, benchmarks, vowels):
+    first = evaluate(tmp_path / "o", {"t": TinyPolicy()}, [*benchmarks, vowels], **SETTINGS)
+    benchmark(tmp_path, "vowels", 6, answer_pattern="never found in any response")
+    second = evaluate(tmp_path / "o", None, [vowels], **SETTINGS)
+    assert list(second.problems) == list(first.problems) == ["seven", "three", "vowels"]
+    assert second.responses["t"]["seven"] == first.responses["t"]["seven"]
+    assert second.responses["t"]["vowels"] != first.responses["t"]["vowels"]
+    assert evaluate(tmp_path / "o", **SETTINGS) == second
+
+
+def test_the_settings_of_a_folder_are_not_those_of_other_models(tmp_path, benchmarks, capsys):
+    """They are of what is measured or judged anew; a command with models has those that --help shows."""
+    sampling = {"samples": 4, "sampling.max_new_tokens": 6, "ks": [1, 2], "level": 0.5, "resamples": 50, "seed": 3}
+    output = f"--output={tmp_path / 'o'}"
+    models = ["--models", json.dumps({"t": "support.TinyPolicy"}), "--benchmarks", json.dumps(benchmarks)]
+    command.main([output, *models, *(f"--{key}={value}" for key, value in sampling.items())])
+    before = files(tmp_path / "o")
+    for again in ([], models[2:]):
+        command.main([output, *again])
+        assert files(tmp_path / "o") == before
+    with pytest.raises(UserError, match=r"samples: the file has 4, this run 32"):
+        command.main([output, *models])
+    with pytest.raises(UserError, match=r"samples: the file has 4, this run 32"):
+        command.main([output, "--models.t", "support.TinyPolicy", *models[2:]])
+
+
 def test_verdicts_on_other_responses_are_not_measured(tmp_path, vowels):
     evaluate(tmp_path / "o", {"t": TinyPolicy()}, [vowels], **SETTINGS)
     evaluate(tmp_path / "p", {"t": TinyPolicy()}, [vowels], **{**SETTINGS, "seed": 2})
@@ -232,6 +258,16 @@ def test_errors_come_before_any_work(tmp_path, benchmarks, monkeypatch, change, 
     monkeypatch.setattr(TinyPolicy, "load", None)
     with pytest.raises(UserError, match=said):
         evaluate(tmp_path / "o", **{"models": {"t": TinyPolicy()}, "benchmarks": benchmarks, **SETTINGS, **change})
+
+
+def test_a_reward_that_does_not_show_its_settings_is_found_before_any_work(tmp_path, monkeypatch):
+    nested = {"answer": {"reward": {"class_path": "support.Nameless"}}}
+    file = benchmark(tmp_path, "nested", 2, reward="lightning_rlvr.rewards.WeightedSum", parts=nested)
+    monkeypatch.setattr(TinyPolicy, "load", None)
+    with pytest.raises(UserError, match=r"WeightedSum must have a __repr__ .*Nameless object at .*benchmark 'nested'"):
+        evaluate(tmp_path / "o", {"t": TinyPolicy()}, [file], **SETTINGS)
+    with pytest.raises(UserError, match="__repr__"):
+        judging_manifest(WeightedSum({"answer": Part(Nameless())}), [], Path(file))
 
 
 def test_golds_that_cannot_be_judged_are_found_before_any_work(tmp_path, monkeypatch):
