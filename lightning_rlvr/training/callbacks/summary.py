@@ -102,7 +102,8 @@ class RunSummary(Callback):
         root = Path(trainer.default_root_dir)
         with whole_file(root / "summary.json") as file:
             file.write((json.dumps(summary, indent=2) + "\n").encode())
-        Console().print(summary_table(summary), f"outputs: {root.resolve()}", sep="\n")
+        Console().print(summary_table(summary))
+        Console(markup=False, soft_wrap=True, highlight=False).print(f"outputs: {root.resolve()}")
 
 
 def versions() -> dict[str, str | None]:
