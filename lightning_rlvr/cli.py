@@ -39,7 +39,7 @@ from lightning_rlvr.training.callbacks import (
     StageBoundary,
     TokenLedger,
 )
-from lightning_rlvr.training.checkpoint import CheckpointFiles, Found, newest_checkpoint
+from lightning_rlvr.training.checkpoint import CheckpointFiles, Found, is_checkpoint, newest_checkpoint
 from lightning_rlvr.training.metrics_file import MetricsFile
 from lightning_rlvr.training.run_dir import CONFIG, continued, free_folder
 from lightning_rlvr.types import UserError
@@ -160,8 +160,14 @@ class RLVRCLI(LightningCLI):
             found = newest_checkpoint(checkpoints)
             checkpoint = config.ckpt_path = str(found.path if found else checkpoints / "last.ckpt")
         config.trainer.default_root_dir = config.run_dir = str(folder)
-        if checkpoint not in (None, "best", "last", "hpc", "registry") and not Path(checkpoint).exists():
+        if checkpoint in (None, "best", "last", "hpc", "registry"):
+            return
+        if not Path(checkpoint).exists():
             raise UserError(f"there is no checkpoint {checkpoint}. Set ckpt_path.")
+        if not is_checkpoint(Path(checkpoint)):
+            raise UserError(
+                f"ckpt_path must be a checkpoint, got {checkpoint}: it is none, or was cut short. Set ckpt_path."
+            )
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Name the checkpoint that `last` stands for; the config left behind does not."""

@@ -102,6 +102,11 @@ class Found(NamedTuple):
     log_lines: dict[str, int]
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file or folder is a checkpoint at a glance; `damage` reads it."""
+    return (path / ABOUT).is_file() if path.is_dir() else zipfile.is_zipfile(path)
+
+
 def damage(path: Path) -> str | None:
     """Say what is wrong with a checkpoint file, None if it reads as it was written. A folder's parts are not read."""
     if path.is_dir():

@@ -54,6 +54,8 @@ def refused(cli, tmp_path, capsys, monkeypatch):
         ({"model__max_grad_norm": -1}, "model.max_grad_norm"),
         ({"data__seed": -1}, "data.seed"),
         ({"trainer__limit_train_batches": 2, "trainer__max_epochs": 2}, "trainer.max_steps"),
+        ({"ckpt_path": Path(__file__)}, f"ckpt_path must be a checkpoint, got {__file__}"),
+        ({"ckpt_path": Path(__file__).parent}, f"ckpt_path must be a checkpoint, got {Path(__file__).parent}"),
     ],
 )
 def test_mistakes(refused, changes, named):
