@@ -65,6 +65,15 @@ TRICKY_BOTH = [
     (r"1.60218 \times 10^{-19}", r"1.602176634 \times 10^{-19}", "six digits of a small number"),
     ("0.30000000000000004", "0.3", "the noise of a float"),
     ("2.0000000000000004", "2", "the noise of a float"),
+    # repeating decimals
+    (r"0.\overline{3}", r"\frac13", "one digit repeats"),
+    (r"0.\overline{27}", r"\frac{3}{11}", "two digits repeat"),
+    (r"-1.1\overline{6}", r"-\frac{7}{6}", "a digit before those that repeat"),
+    (r"0.\bar 3", r"0.\dot{3}", "a bar, a dot"),
+    (r"0.\dot{1}4285\dot{7}", "1/7", "dots at both ends"),
+    (r"x = 0.\overline{72}", "0.727273", "the variable named, six digits"),
+    (r"16.\overline{6}\%", r"16.\overline{6}\%", "in percent"),
+    (r"0.\overline{9}", "1", "nines"),
     # mixed numbers
     (r"1\frac{1}{2}", "1.5", "a mixed number"),
     (r"-1\frac{1}{2}", "-1.5", "a mixed number below zero"),
@@ -128,6 +137,11 @@ TRICKY_BOTH = [
     ("y=2x+1", "2x+1", "the variable of a function"),
     ("y = 2x + 1", "y - 2x - 1 = 0", "another form of a line"),
     ("f(x)=2x+1", "2x+1", "the function named"),
+    # congruences
+    (r"n \equiv 3 \pmod 4", r"n \equiv 3 \pmod{4}", "a modulus without braces"),
+    (r"n \equiv 3 \bmod 4", r"n \equiv 3 \pmod 4", "another command"),
+    (r"x \equiv 3 (\text{mod } 7)", r"x \equiv 3 \pmod 7", "mod as text"),
+    (r"x \equiv 3 \pmod 7", "3", "the modulus left out"),
     # several answers
     ("1, 2", "2, 1", "a list in another order"),
     ("1 and 2", "1, 2", "and"),
@@ -221,6 +235,13 @@ TRICKY = [
     ("99999", "100000", "W", "off by one"),
     ("1000001", "1000000", "W", "whole numbers are exact"),
     (r"\frac{333333}{1000000}", r"\frac13", "W", "fractions are exact"),
+    # repeating decimals
+    (r"0.\overline{27}", r"0.\overline{72}", "W", "other digits repeat"),
+    ("0", r"0.\overline{3}", "W", "the digits that repeat count"),
+    (r"0.\overline{3}", "0", "W", "the digits that repeat count"),
+    (r"0.\dot 4", r"0.\dot 3", "W", "another digit"),
+    ("0.1", r"0.1\overline{6}", "W", "cut off"),
+    (r"33.\overline{3}\%", r"\frac13", "R", "a percentage's value"),
     # units
     ("5 pi", "5", "W", "a factor is no unit"),
     (r"5.4000001\text{ cents}", "5.4", "W", "another number"),
@@ -264,6 +285,13 @@ TRICKY = [
     ("x=5", "y=5", "W", "another variable"),
     ("y=2x+1", "y=2x-1", "W", "another line"),
     ("x+y=5", "5", "R", "the sum that was asked for named"),
+    # congruences
+    (r"n \equiv 3 \pmod 4", r"n \equiv 1 \pmod 4", "W", "another residue"),
+    (r"n \equiv 3 \bmod 4", r"n \equiv 1 \bmod 4", "W", "another residue"),
+    (r"n \equiv 1 \pmod{7}", r"n \equiv 1 \pmod{4}", "W", "another modulus"),
+    (r"n \equiv 1 \pmod 4", "4", "W", "the modulus is no answer"),
+    (r"7 \text{ (mod } 11)", "11", "W", "the modulus is no answer"),
+    (r"7 \pmod{11}", "7", "W", "a class of numbers is no number"),
     # several answers
     ("1", "1, 2", "W", "one is missing"),
     ("1, 2", "1", "W", "one too many"),

@@ -19,7 +19,8 @@ from math_verify import parse, verify
 from sympy import Basic, Expr, Float, Integer, MatrixBase, Mul, Rational, UnevaluatedExpr
 
 from ._math_forms import EVALUATED, differ, expands_to_zero, same_line, same_set
-from .normal import named_base, other_base, same_choice, same_plain, same_text, same_words, split_percent
+from .normal import legible, named_base, named_moduli, other_base, other_modulus
+from .normal import same_choice, same_plain, same_text, same_words, split_percent
 from .number import DELIMITERS, Number, plain_number, same_number
 
 logging.disable(logging.CRITICAL)
@@ -54,7 +55,7 @@ def _readable(text: str) -> bool:
     """Say whether a gold answer can be read and equals itself."""
     if same_choice(text, text) or same_words(text, text):
         return True
-    gold = _expressions(_read(text))
+    gold = _expressions(_read(split_percent(text)[0]))
     _verified(gold, [Integer(0)])  # takes too long for 7^{60000000}: no response could be judged
     return _verified(gold, gold)
 
@@ -97,7 +98,7 @@ _Latex2Sympy.create_parser = _two_stages(_Latex2Sympy.create_parser)
 
 
 def _parse(text: str) -> list[Any]:
-    return parse(text, parsing_timeout=None)
+    return parse(legible(text), parsing_timeout=None)
 
 
 @lru_cache(maxsize=2048)
@@ -139,7 +140,7 @@ def _symmetric(a: str, b: str) -> bool:
 
 def _answers(gold: str, text: str, answer: list[Any]) -> bool:
     """Say whether an answer, a text and what it was parsed into, answers the gold."""
-    for rule in (same_plain, same_choice, same_text, same_words, other_base):
+    for rule in (same_plain, same_choice, other_modulus, same_text, same_words, other_base):
         same = rule(gold, text)
         if same is not None:
             return same
@@ -214,7 +215,7 @@ def _normal(parsed: list[Any], text: str) -> str:
     """Return a text that reads back as the same answer: p/q for rationals, else the LaTeX math-verify kept."""
     value = next(iter(_expressions(parsed)), None)
     kept = _kept(parsed)
-    if kept is not None and named_base(kept):
+    if kept is not None and (named_base(kept) or named_moduli(kept)):
         return kept
     if isinstance(value, Rational) and value.q != 0:
         return f"{value.p}/{value.q}" if value.q != 1 else f"{value.p}"

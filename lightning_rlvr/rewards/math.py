@@ -48,6 +48,8 @@ class MathAnswer(Reward):
 
     - A decimal answers what it is when rounded to its last place, if it has 6 significant digits, or 6 places and 4
       digits: 0.333333 and 0.083333 are 1/3 and 1/12, 0.33 is not. Whole numbers and fractions are exact.
+    - A repeating decimal is exact: 0.\overline{3} is 1/3. Two congruences must name the same residue and modulus; one
+      answers its residue, but `7 \pmod{11}` by itself does not answer 7.
     - A gold with a percent sign is in percent: 300 answers 300\%, 3 does not. A percentage answers a gold without by
       its value, or by its number if that is over 1: 50\% answers 0.5 and 50, 0.5\% does not answer 0.5.
     - 1,234 and 1 234 are thousands, `1, 234` is a list. Units are left out of both sides, and not compared.
@@ -66,7 +68,7 @@ class MathAnswer(Reward):
         self._readable: BoundedCache[str, bool] = BoundedCache(CACHE_ENTRIES)
 
     def __repr__(self) -> str:
-        return f"MathAnswer(timeout_s={self.timeout_s}, rules=3, math-verify {version('math-verify')})"
+        return f"MathAnswer(timeout_s={self.timeout_s}, rules=4, math-verify {version('math-verify')})"
 
     def unjudgeable(self, prompts: Sequence[Prompt]) -> list[int]:
         """Return the places of the prompts with a gold answer that cannot be read or does not equal itself."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from fractions import Fraction
 
 from .number import Number, plain_number, same_number
 
@@ -76,6 +77,54 @@ def _both_signs(text: str) -> str:
     if not inside or len(parts) != 2 or _SEVERAL.search(text):
         return text
     return ", ".join(sign.join(parts) for sign in (" + ", " - "))
+
+
+_REPEATING = re.compile(
+    r"(?<![\d.])(\d{0,999})\.(\d{0,999})\\(?:overline|bar|dot) ?(?:\{(\d{1,999})\}|(\d{1,999}))"
+    r"(?:(\d{0,999})\\dot ?(?:\{(\d)\}|(\d)))?(?!\d)",
+    re.ASCII,
+)
+_MODULO = re.compile(
+    r"\(? ?\\[pb]mod ?(?:\{ ?(\w+) ?\}|(\d+|[A-Za-z])) ?\)?"
+    r"|\\(?:text|mathrm) ?\{ ?\( ?mod(?: ?\}[\s\\]*(\d+)| ?(\d+) ?\)? ?\}) ?\)?"
+    r"|\( ?(?:mod|\\(?:text|mathrm) ?\{ ?mod ?\})[\s\\]*(\d+) ?\)",
+    re.ASCII,
+)
+
+
+def legible(text: str) -> str:
+    r"""Write what math-verify would misread in a way that it reads: repeating decimals as fractions, a modulus in braces.
+
+    >>> legible(r"-0.1\overline{6}"), legible(r"n \equiv 3 \pmod 4"), legible(r"n \equiv 3 (\text{mod } 4)")
+    ('-\\frac{1}{6}', 'n \\equiv 3 \\pmod{4}', 'n \\equiv 3 \\pmod{4}')
+    """
+    return _MODULO.sub(lambda match: rf"\pmod{{{_first(match)}}}", _REPEATING.sub(_fraction, text))
+
+
+def _fraction(match: re.Match[str]) -> str:
+    whole, places = match[1], match[2]
+    repeated = (match[3] or match[4]) + (match[5] or "") + (match[6] or match[7] or "")
+    once, through = int(whole + places or "0"), int(whole + places + repeated)
+    value = Fraction(through - once, 10 ** len(places) * (10 ** len(repeated) - 1))
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def _first(match: re.Match[str]) -> str:
+    return next(group for group in match.groups() if group)
+
+
+def other_modulus(a: str, b: str) -> bool | None:
+    r"""Return False if two congruences name different moduli, which math-verify leaves out; None otherwise."""
+    return False if len({match for text in (a, b) for match in named_moduli(text)}) > 1 else None
+
+
+def named_moduli(text: str) -> list[str]:
+    r"""Return the moduli that a text names.
+
+    >>> named_moduli(r"n \equiv 3 \pmod{4}"), named_moduli("3")
+    (['4'], [])
+    """
+    return [_first(match) for match in _MODULO.finditer(text)]
 
 
 def split_percent(text: str) -> tuple[str, bool]:

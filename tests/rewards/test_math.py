@@ -144,6 +144,8 @@ def test_equivalence_tells_apart(reward):
     assert reward.equivalent(pairs) == [True, False, False, True, True, False]
     pairs = [("live", "evil"), ("xy", "yx"), ("4210_5", "4210_6"), ("0.0000004", "0.0000002")]
     assert reward.equivalent(pairs) == [False, True, False, False]
+    pairs = [(r"0.\overline{72}", r"0.\overline{27}"), (r"n \equiv 1 \pmod 4", r"n \equiv 1 \pmod 7")]
+    assert reward.equivalent(pairs) == [False, False]
     assert reward.equivalent([]) == []
 
 
@@ -171,6 +173,8 @@ def test_equivalence_tells_apart(reward):
         ("The answer is 42.\n####", "42", "correct", "42"),
         ("It is $live$.", "evil", "wrong", "live"),
         (r"It is $4210_6$.", "4210_5", "wrong", "4210_6"),
+        (r"It is $0.\overline{27}$.", "3/11", "correct", "3/11"),
+        (r"It is $n \equiv 3 \pmod 4$.", r"n \equiv 1 \pmod 4", "wrong", r"n \equiv 3\pmod{4}"),
         ("  42\n", "42", "correct", "42"),
         ("So it costs 18 dollars, and the answer is 20.", "20", "correct", "20"),
         (r"The final answer is $\frac{3}{6}$.", "0.5", "correct", "1/2"),
