@@ -2,6 +2,7 @@ r"""Answers as text: one way to write each, what a percent sign means, and which
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from fractions import Fraction
@@ -84,9 +85,10 @@ _REPEATING = re.compile(
     r"(?:(\d{0,999})\\dot ?(?:\{(\d)\}|(\d)))?(?!\d)",
     re.ASCII,
 )
+_MODULUS = r"(?:\{ ?(\w+) ?\}|(\d+|[A-Za-z]))"
 _MODULO = re.compile(
-    r"\(? ?\\[pb]mod ?(?:\{ ?(\w+) ?\}|(\d+|[A-Za-z])) ?\)?"
-    r"|\\(?:text|mathrm) ?\{ ?\( ?mod(?: ?\}[\s\\]*(\d+)| ?(\d+) ?\)? ?\}) ?\)?"
+    rf"\( ?\\[pb]mod ?{_MODULUS} ?\)|\\[pb]mod ?{_MODULUS}"
+    r"|\\(?:text|mathrm) ?\{ ?\( ?mod(?: ?\}[\s\\]*(\d+) ?\)| (\d+) ?\) ?\})"
     r"|\( ?(?:mod|\\(?:text|mathrm) ?\{ ?mod ?\})[\s\\]*(\d+) ?\)",
     re.ASCII,
 )
@@ -240,12 +242,16 @@ _UNDONE = re.compile(
     r"(?!\A)[-+*/^!<>=]|\\(?:frac|sqrt|times|cdot|div|binom|log|ln|sin|cos|tan|sum|prod|int|lim|pm|l?eq?|g?eq?)\b"
 )
 _ASSIGNED = re.compile(r"[A-Za-z]\w*=-?[\d.]+")
+_ONE_TOKEN = re.compile(r"(\\sqrt|[\^_])\{(\w+)\}")
+_FRACTION = re.compile(r"\\frac(\{[^{}]*\}|\d)(\{[^{}]*\}|\d)")
+_RATIO = re.compile(r"-?(\d{1,99})/(\d{1,99})", re.ASCII)
 
 
 def is_echo(answer: str, question: str, golds: Iterable[str]) -> bool:
     r"""Say whether an answer stands so in the question, has something left to do, and is written unlike every gold.
 
-    2+3 is no answer to "What is 2+3?", nor x^2-1 to "Factor x^2-1". Numbers, words and x=5 are never echoes.
+    2+3 is no answer to "What is 2+3?", nor x^2-1 to "Factor x^2-1". Numbers, fractions in lowest terms, words and x=5
+    are never echoes; 1/2 and \frac{1}{2} are written alike, and so are \sqrt{3} and \sqrt3.
 
     >>> is_echo("2 + 3", "What is $2+3$?", ["5"]), is_echo("5", "Is 5 prime or 6?", ["5"])
     (True, False)
@@ -253,10 +259,20 @@ def is_echo(answer: str, question: str, golds: Iterable[str]) -> bool:
     compact = _LOOKS.sub("", answer)
     if not _UNDONE.search(compact) or _ASSIGNED.fullmatch(compact):
         return False
-    if any(compact == _LOOKS.sub("", gold) for gold in golds):
+    spelt = _spelt(compact)
+    ratio = _RATIO.fullmatch(spelt)
+    if ratio and int(ratio[2]) > 1 and math.gcd(int(ratio[1]), int(ratio[2])) == 1:
+        return False
+    if any(spelt == _spelt(_LOOKS.sub("", gold)) for gold in golds):
         return False
     asked = question.translate(_TRANSLATE).replace("**", "^")
     if compact not in _LOOKS.sub("", asked):
         return False
     pieces = rf"(?:{_LOOKS.pattern})*".join(map(re.escape, compact))
     return re.search(rf"(?<![\w.]){pieces}(?![\w.]*\w)", asked) is not None
+
+
+def _spelt(compact: str) -> str:
+    """Return a text with a/b for fractions and without braces around one token: what only looks different is equal."""
+    text = _FRACTION.sub(r"\1/\2", _ONE_TOKEN.sub(r"\1\2", compact))
+    return text.replace("{", "").replace("}", "")

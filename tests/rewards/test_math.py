@@ -120,6 +120,15 @@ def test_the_echo_of_the_question_is_no_answer(reward):
         ("Is $\\sqrt{2}$ or $\\sqrt{3}$ larger?", r"\sqrt{3}", r"\sqrt{3}", False),
         ("Is $x=5$ a root?", "x=5", "5", False),
         ("7 apples at 0.5 dollars each?", "0.5", r"\frac{1}{2}", False),
+        ("It lands heads with probability 1/2. And tails?", "1/2", r"\frac{1}{2}", False),
+        ("Which is largest? 1/2, 2/3, 3/5", "2/3", r"\frac{2}{3}", False),
+        ("If $\\frac{3}{4}$ of it is left, how much is that?", r"\frac{3}{4}", "3/4", False),
+        ("Each of 2 painters does 1/2. What is left for one?", "1/2", "0.5", False),
+        ("Two sides are $2\\sqrt{3}$. And the third?", r"2\sqrt{3}", r"2\sqrt3", False),
+        ("Two sides are $\\frac{\\sqrt{3}}{2}$. And the third?", r"\frac{\sqrt{3}}{2}", r"\sqrt3/2", False),
+        ("Simplify 6/8.", "6/8", r"\frac{3}{4}", True),
+        ("Simplify 6/3.", "6/3", "2", True),
+        ("What is 7/1?", "7/1", "7", True),
     ]
     found = reward([Response(f"\\boxed{{{row[1]}}}") for row in rows], [Prompt("u", row[0], row[2]) for row in rows])
     assert [(row[:2], verdict.correct) for row, verdict in zip(rows, found, strict=True)] == [
@@ -174,7 +183,7 @@ def test_equivalence_tells_apart(reward):
         ("It is $live$.", "evil", "wrong", "live"),
         (r"It is $4210_6$.", "4210_5", "wrong", "4210_6"),
         (r"It is $0.\overline{27}$.", "3/11", "correct", "3/11"),
-        (r"It is $n \equiv 3 \pmod 4$.", r"n \equiv 1 \pmod 4", "wrong", r"n \equiv 3\pmod{4}"),
+        (r"It is $n \equiv 3 \pmod 4$.", r"n \equiv 1 \pmod 4", "wrong", r"n \equiv 3 \pmod{4}"),
         ("  42\n", "42", "correct", "42"),
         ("So it costs 18 dollars, and the answer is 20.", "20", "correct", "20"),
         (r"The final answer is $\frac{3}{6}$.", "0.5", "correct", "1/2"),
