@@ -41,8 +41,10 @@ class Calling:
     """Functions are called.
 
     Each test is ("assertion", code that raises if it fails) or ("call", (function, arguments and expected value as
-    JSON)). `setup` is code that assertions need around them, `names` are the candidate's functions in them,
-    `before` is put in front of the candidate's code.
+    JSON)), or ("lenient call", the same), which takes what the graders of APPS and TACO take: the value alone where a
+    list of one is expected, and dicts whose keys are integers, which JSON has not.
+    `setup` is code that assertions need around them, `names` are the candidate's functions in them, `before` is put in
+    front of the candidate's code.
     """
 
     tests: tuple[tuple[str, Any], ...]
@@ -112,7 +114,7 @@ def _input_output(row: Row) -> Problem:
     if len(inputs) != len(outputs):
         raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs")
     if found.get("fn_name"):
-        return Calling(_calls(found["fn_name"], inputs, outputs))
+        return Calling(_calls(found["fn_name"], inputs, outputs, "lenient call"))
     pairs = zip(map(_lines, inputs), map(_lines, outputs), strict=True)
     return Printing(tuple(pairs))
 
@@ -125,9 +127,11 @@ _READERS: dict[str, Callable[[Row], Problem]] = {
 }
 
 
-def _calls(name: str, arguments: Sequence[Any], expected: Sequence[Any]) -> tuple[tuple[str, Any], ...]:
+def _calls(
+    name: str, arguments: Sequence[Any], expected: Sequence[Any], kind: str = "call"
+) -> tuple[tuple[str, Any], ...]:
     pairs = zip(arguments, expected, strict=True)
-    return tuple(("call", (name, json.dumps(list(values)), json.dumps(value))) for values, value in pairs)
+    return tuple((kind, (name, json.dumps(list(values)), json.dumps(value))) for values, value in pairs)
 
 
 def _lines(value: Any) -> str:

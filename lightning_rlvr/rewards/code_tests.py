@@ -42,7 +42,9 @@ class CodeTests(Reward):
     The program is the last block marked ```python, else the last marked block, else the whole response. The tests
     are in the prompt's metadata, in the forms of HumanEval, MBPP, LiveCodeBench and APPS (see code_problems.py). A
     program only gets its input, or calls of its functions with plain values: expected values stay in other processes.
-    Printed output is compared line by line, token by token (numbers as numbers); a program must end with exit status 0.
+    Printed output is compared line by line, token by token (numbers as numbers, exactly: there is no tolerance for
+    floats, as APPS' own grader has, so 0.333333 is not 0.3333333333); a program must end with exit status 0. Calls of
+    APPS and TACO may give the value alone where a list of one is expected, and integer keys where JSON has texts.
 
     Statuses: UNPARSABLE if there is no program (an unmarked response that does not compile), TIMEOUT, ERROR if the
     sandbox failed. `Verdict.answer` says how many tests are passed, with a digest of what the program gave if it

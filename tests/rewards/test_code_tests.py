@@ -263,6 +263,29 @@ def test_calls(text, status):
 
 
 @isolated
+def test_calls_of_apps_take_what_its_grader_takes():
+    rows = [  # outputs of f(2), the program's value, whether it is right
+        ([[4]], "x * 2", True),
+        ([4], "x * 2", True),
+        ([[4]], "[x * 2]", True),
+        ([[4, 5]], "x * 2", False),
+        ([4], "[x * 2]", False),
+        ([[5]], "x * 2", False),
+        ([{"1": 2}], "{1: x}", True),
+        ([{"1": 2}], "{'1': x}", True),
+        ([[{"1": 2}]], "{1: x}", True),
+        ([{"1": 2}], "{2: x}", False),
+        ([{"a": 2}], "{1: x}", False),
+    ]
+    for outputs, value, right in rows:
+        prompt = question(input_output={"fn_name": "f", "inputs": [[2]], "outputs": outputs})
+        assert judge(f"def f(x): return {value}", prompt).correct == right, (outputs, value)
+    case = {"input": "2", "output": "[4]", "testtype": "functional"}
+    prompt = question(public_test_cases=json.dumps([case]), metadata='{"func_name": "f"}')
+    assert not judge("def f(x): return x * 2", prompt).correct
+
+
+@isolated
 def test_a_method_goes_before_what_the_prelude_imports():
     case = {"input": "[3, 3]", "output": "2", "testtype": "functional"}
     prompt = question(public_test_cases=json.dumps([case]), metadata='{"func_name": "count"}')
