@@ -19,8 +19,23 @@ from math_verify import parse, verify
 from sympy import Basic, Expr, Float, Integer, MatrixBase, Mul, Rational, UnevaluatedExpr
 
 from ._math_forms import EVALUATED, differ, expands_to_zero, same_line, same_set
-from .normal import legible, named_base, named_moduli, other_base, other_modulus
-from .normal import same_choice, same_plain, same_text, same_words, split_percent
+from .normal import (
+    chosen,
+    is_moment,
+    legible,
+    named_base,
+    named_moduli,
+    other_base,
+    other_modulus,
+    read_percent,
+    same_choice,
+    same_moment,
+    same_plain,
+    same_text,
+    same_words,
+    split_percent,
+    unwrapped,
+)
 from .number import DELIMITERS, Number, plain_number, same_number
 
 logging.disable(logging.CRITICAL)
@@ -48,14 +63,14 @@ def judge(item: dict[str, Any]) -> Any:
     correct = _answers(item["gold"], text, answer)
     if not correct and not _expressions(answer):
         return {"status": "unparsable", "normal": None, "text": text}
-    return {"status": "correct" if correct else "wrong", "normal": _normal(answer, text), "text": text}
+    return {"status": "correct" if correct else "wrong", "normal": _normal(item["gold"], answer, text), "text": text}
 
 
 def _readable(text: str) -> bool:
     """Say whether a gold answer can be read and equals itself."""
-    if same_choice(text, text) or same_words(text, text):
+    if same_choice(text, text) or same_moment(text, text) or same_words(text, text):
         return True
-    gold = _expressions(_read(split_percent(text)[0]))
+    gold = _expressions(_read(split_percent(text, chain=True)[0]))
     _verified(gold, [Integer(0)])  # takes too long for 7^{60000000}: no response could be judged
     return _verified(gold, gold)
 
@@ -140,17 +155,19 @@ def _symmetric(a: str, b: str) -> bool:
 
 def _answers(gold: str, text: str, answer: list[Any]) -> bool:
     """Say whether an answer, a text and what it was parsed into, answers the gold."""
-    for rule in (same_plain, same_choice, other_modulus, same_text, same_words, other_base):
+    for rule in (same_plain, same_choice, same_moment, other_modulus, same_text, same_words, other_base):
         same = rule(gold, text)
         if same is not None:
             return same
-    (gold, gold_percent), (text, percent) = split_percent(gold), split_percent(text)
+    (gold, gold_percent), (body, percent) = split_percent(gold, chain=True), split_percent(text, chain=True)
+    wanted, number = _read(gold), _read(body)
     if not percent:
-        return _matches(gold, _read(gold), text, answer)
-    number = _read(text)
-    if gold_percent or (_matches(gold, _read(gold), text, number) and _over_one(_read(gold))):
-        return _matches(gold, _read(gold), text, number)
-    return _verified(_read(gold), [part / 100 for part in _expressions(number) if isinstance(part, Expr)])
+        return _matches(gold, wanted, text, answer)
+    if gold_percent or (_matches(gold, wanted, body, number) and _over_one(wanted)):
+        return _matches(gold, wanted, body, number)
+    if not split_percent(text)[1]:  # a chain such as 3/8 = 37.5\%
+        return _matches(gold, wanted, text, answer)
+    return _verified(wanted, [part / 100 for part in _expressions(number) if isinstance(part, Expr)])
 
 
 def _matches(gold: str, wanted: list[Any], text: str, answer: list[Any]) -> bool:
@@ -211,8 +228,19 @@ def _tried(test: Callable[[Any, Any], bool | None], a: Any, b: Any) -> bool | No
 # --- the normal form -------------------------------------------------------------------------------
 
 
-def _normal(parsed: list[Any], text: str) -> str:
-    """Return a text that reads back as the same answer: p/q for rationals, else the LaTeX math-verify kept."""
+def _normal(gold: str, parsed: list[Any], text: str) -> str:
+    """Return a text that reads back as the same answer: p/q for rationals, else the LaTeX math-verify kept.
+
+    It is what the answer says beside the gold: the letter alone of a choice, 1/2 for 50% if the gold has no sign.
+    """
+    letter = chosen(gold, text)
+    if letter is not None or is_moment(gold):
+        return letter or unwrapped(text)
+    body, percent = split_percent(text)
+    if percent and not split_percent(gold, chain=True)[1]:
+        wanted, number = _value(_read(gold)), plain_number(_kept(_read(body)) or "")
+        if wanted is not None and number is not None:
+            return str(read_percent(wanted, number))
     value = next(iter(_expressions(parsed)), None)
     kept = _kept(parsed)
     if kept is not None and (named_base(kept) or named_moduli(kept)):

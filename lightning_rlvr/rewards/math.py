@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from lightning_rlvr.rewards import extract
 from lightning_rlvr.rewards.cache import BoundedCache
-from lightning_rlvr.rewards.normal import is_echo, same_plain, split_percent, tidy
-from lightning_rlvr.rewards.number import plain_number
+from lightning_rlvr.rewards.normal import is_echo, plain_pair, same_plain, split_percent, tidy
+from lightning_rlvr.rewards.number import plain_number, same_number
 from lightning_rlvr.rewards.pool import Outcome, WorkerPool
 from lightning_rlvr.types import Prompt, Response, Reward, Status, UserError, Verdict
 
@@ -52,7 +52,9 @@ class MathAnswer(Reward):
       answers its residue, but `7 \pmod{11}` by itself does not answer 7.
     - A gold with a percent sign is in percent: 300 answers 300\%, 3 does not. A percentage answers a gold without by
       its value, or by its number if that is over 1: 50\% answers 0.5 and 50, 0.5\% does not answer 0.5.
-    - 1,234 and 1 234 are thousands, `1, 234` is a list. Units are left out of both sides, and not compared.
+    - 1,234 and 1 234 are thousands, `1, 234` is a list. Units after a number are left out of both sides, and not
+      compared: `5 cm`, 18 dollars, and of a short list `8 in`, `8 m/s`, `8 cm^2` beside a plain number.
+    - A time that is no ratio in lowest terms, such as 12:30, and a date such as 2020-01-05 are compared as text.
     - A list of answers must hold all and no other, in any order; the order of (1, 2) counts, and so do brackets.
     - An answer that only repeats a formula of the question, unlike every gold, is wrong: 2+3 for "What is 2+3?".
     - Words are compared as words, whatever their case: live does not answer evil. Where the gold is a choice such as
@@ -112,6 +114,8 @@ class MathAnswer(Reward):
     def equivalent(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """Say for each pair whether one answers the other as gold, in either order; False if time runs out.
 
+        Where one is a percentage that is the gold: 50 is the same as 50%, 0.5 is not. `Verdict.answer` is what an
+        answer says beside its gold, so the 50% that answers 0.5 is 0.5 there.
         Plain numbers are compared in process, each other pair is compared once and remembered: ask many at a time.
         """
         ordered = [(a, b) if a <= b else (b, a) for a, b in pairs]
@@ -179,10 +183,11 @@ def _best(judged: Sequence[_Judged], prompt: Prompt, golds: Sequence[str]) -> Ve
 def _quick(key: Key) -> _Judged | None:
     """Judge in process where both sides are plain numbers."""
     answer, whole, gold = key
-    correct = same_plain(gold, answer) if whole else None
-    if correct is None:
+    pair = plain_pair(gold, answer) if whole else None
+    if pair is None:
         return None
-    normal = answer if split_percent(answer)[1] else str(plain_number(answer))
+    wanted, number, normal = pair
+    correct = same_number(wanted, number)
     return _Judged(Verdict(float(correct), Status.CORRECT if correct else Status.WRONG, normal), answer)
 
 

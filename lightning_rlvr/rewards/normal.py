@@ -41,6 +41,13 @@ _PLUS_MINUS = re.compile(r"\s*\\pm(?![A-Za-z])\s*")
 _SEVERAL = re.compile(r",|;|\\\{|\\mp\b|\\text|\b(?:or|and)\b")
 _GROUPS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", re.ASCII)
 _SEPARATOR = re.compile(r"\s*(?:,|;|,?\s*(?:\\text ?\{ ?)?(?:and|or)(?: ?\})?)?\s*")
+_EQUALS = re.compile(r"=|\\approx\b")
+_MEASURE = re.compile(  # a number and a unit: of two letters or more, so that it is no variable
+    r"(\S+?)(?:\\[ ,;:]|[\s~])+((?:in|ft|yd|mi|oz|mm|cm|dm|km|units?)(?:\^(?:[23]|\{[23]\}))?"
+    r"|(?:m|cm|km|ft|mi)/(?:s|h|hr|min)(?:\^(?:2|\{2\}))?)",
+)
+_TIME = re.compile(r"(\d{1,2}):([0-5]\d)(?:[\s\\~]*([ap])\.?m\.?)?", re.ASCII | re.IGNORECASE)
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
 _BRACKETS = re.compile(r"[(\[]|\\\{")
 
 
@@ -95,7 +102,7 @@ _MODULO = re.compile(
 
 
 def legible(text: str) -> str:
-    r"""Write what math-verify would misread in a way that it reads: repeating decimals as fractions, a modulus in braces.
+    r"""Write what math-verify misreads as it reads it: repeating decimals as fractions, a modulus in braces.
 
     >>> legible(r"-0.1\overline{6}"), legible(r"n \equiv 3 \pmod 4"), legible(r"n \equiv 3 (\text{mod } 4)")
     ('-\\frac{1}{6}', 'n \\equiv 3 \\pmod{4}', 'n \\equiv 3 \\pmod{4}')
@@ -129,32 +136,93 @@ def named_moduli(text: str) -> list[str]:
     return [_first(match) for match in _MODULO.finditer(text)]
 
 
-def split_percent(text: str) -> tuple[str, bool]:
+def split_percent(text: str, chain: bool = False) -> tuple[str, bool]:
     r"""Return the text without its percent sign, if it has one and that at its end, and whether it had.
 
-    >>> split_percent(r"50 \%"), split_percent("5")
-    (('50', True), ('5', False))
+    The last sign of 3/8 = 37.5\% is not that of the whole, unless such a `chain` is asked for.
+
+    >>> split_percent(r"50 \%"), split_percent("5"), split_percent(r"p = 5\%"), split_percent(r"p = 5\%", chain=True)
+    (('50', True), ('5', False), ('p = 5\\%', False), ('p = 5', True))
     """
     bare = _bare(text)
     body = bare[:-1].rstrip().removesuffix("\\").rstrip()
-    return (body, True) if bare.endswith("%") and "%" not in body and body else (text, False)
+    percent = bare.endswith("%") and "%" not in body and body and (chain or not _EQUALS.search(body))
+    return (body, True) if percent else (text, False)
 
 
-def same_plain(gold: str, answer: str) -> bool | None:
-    r"""Say whether a plain number answers another; None if one of them is none.
+def plain_pair(gold: str, answer: str) -> tuple[Number, Number, str] | None:
+    r"""Return a plain gold, the plain answer as it reads beside it, and that in its normal form; None if one is none.
 
     A percent sign in the gold is a unit: 300 and 300\% answer 300\%, 3 does not. A percentage answers a gold without
     sign by its value, 50\% is 0.5, and by its number where that is over 1: 50\% answers 50, 0.5\% not 0.5.
+
+    >>> plain_pair("0.5", r"50\%")[2], plain_pair("50", r"50\%")[2], plain_pair("8", "8 m/s")[2]
+    ('0.5', '50', '8')
     """
-    (gold, gold_percent), (answer, answer_percent) = split_percent(gold), split_percent(answer)
-    wanted, number = plain_number(gold), plain_number(answer)
-    if wanted is None or number is None:
+    (gold, unit), (answer, other) = _split_unit(gold), _split_unit(answer)
+    (gold, gold_percent), (body, percent) = split_percent(gold), split_percent(answer)
+    wanted, number = plain_number(gold), plain_number(body)
+    if wanted is None or number is None or (unit != other and unit and other):
         return None
-    if gold_percent or not answer_percent:
-        return same_number(wanted, number)
-    places = None if number.places is None else number.places + 2
-    by_value = same_number(wanted, Number(number.value / 100, places))
-    return by_value or (abs(wanted.value) > 1 and same_number(wanted, number))
+    if percent and gold_percent:
+        return wanted, number, answer
+    number = read_percent(wanted, number) if percent else number
+    return wanted, number, str(number)
+
+
+def read_percent(wanted: Number, number: Number) -> Number:
+    """Return what a percentage stands for beside a gold without sign: its value, or its number if the gold is over 1.
+
+    The value goes first: 300% is 3 beside 3.
+    """
+    value = Number(number.value / 100, None if number.places is None else number.places + 2)
+    return number if abs(wanted.value) > 1 and not same_number(wanted, value) else value
+
+
+def same_plain(gold: str, answer: str) -> bool | None:
+    """Say whether a plain number answers another, as `plain_pair` reads them; None if one of them is none."""
+    pair = plain_pair(gold, answer)
+    return None if pair is None else same_number(pair[0], pair[1])
+
+
+def _split_unit(text: str) -> tuple[str, str]:
+    """Return a text without the unit of a short list that ends it, and the unit; those math-verify leaves in."""
+    match = _MEASURE.fullmatch(unwrapped(text))
+    return (match[1], re.sub(r"[{}]", "", match[2])) if match else (text, "")
+
+
+# --- times and dates -------------------------------------------------------------------------------
+
+
+def is_moment(text: str) -> bool:
+    """Say whether a text is a date such as 2020-01-05 or a time such as 12:30, not a ratio in lowest terms.
+
+    >>> is_moment("2020-01-05"), is_moment("12:30"), is_moment("7:05"), is_moment("3:10"), is_moment("3:2")
+    (True, True, True, False, False)
+    """
+    text = unwrapped(text)
+    time = _TIME.fullmatch(text)
+    if time is None:
+        return _DATE.fullmatch(text) is not None
+    return "0" in (time[1][0], time[2][0]) or bool(time[3]) or math.gcd(int(time[1]), int(time[2])) > 1
+
+
+def same_moment(gold: str, answer: str) -> bool | None:
+    """Say whether an answer is the date or the time that the gold is; None if none is, or one leaves out a.m. or p.m.
+
+    math-verify would read 12:30 as 2/5, and a date as a difference.
+    """
+    wanted, named = _TIME.fullmatch(unwrapped(gold)), _TIME.fullmatch(unwrapped(answer))
+    if any(_DATE.fullmatch(unwrapped(text)) for text in (gold, answer)):
+        return unwrapped(gold) == unwrapped(answer)
+    if wanted is None or not is_moment(gold):
+        return None
+    if named is None:
+        return None if ":" in answer else False
+    if (int(wanted[1]), wanted[2]) != (int(named[1]), named[2]):
+        return False
+    halves = [(time[3] or "").lower() for time in (wanted, named)]
+    return halves[0] == halves[1] if all(halves) or not any(halves) else None
 
 
 # --- choices ---------------------------------------------------------------------------------------
@@ -170,20 +238,31 @@ def same_choice(gold: str, answer: str) -> bool | None:
     >>> same_choice("B", r"\textbf{(B)}\ 12"), same_choice("(B)", "C."), same_choice("B", "A or B")
     (True, False, None)
     """
-    wanted = _LETTER.fullmatch(_unwrapped(gold))
-    named = _CHOICE.fullmatch(_unwrapped(answer)) if wanted else None
+    letter = chosen(gold, answer)
+    return None if letter is None else letter in unwrapped(gold)
+
+
+def chosen(gold: str, answer: str) -> str | None:
+    """Return the letter that the answer names where the gold is one; None if either is none.
+
+    >>> chosen("B", "D. 12"), chosen("12", "D. 12")
+    ('D', None)
+    """
+    wanted = _LETTER.fullmatch(unwrapped(gold))
+    named = _CHOICE.fullmatch(unwrapped(answer)) if wanted else None
     if wanted is None or named is None or re.match(r",|and\b|or\b|&", named[5]) or re.search(r"\([A-J]\)", named[5]):
         return None
     letter = named[1] or named[2] or named[3]
-    return letter == wanted[1] if letter.isupper() else None
+    return letter if letter.isupper() else None
 
 
 def same_text(gold: str, answer: str) -> bool | None:
     r"""Return True if two texts are the same but for \text{...} around them, None if they are not."""
-    return _unwrapped(gold) == _unwrapped(answer) or None
+    return unwrapped(gold) == unwrapped(answer) or None
 
 
-def _unwrapped(text: str) -> str:
+def unwrapped(text: str) -> str:
+    r"""Return a text without the \text{...} around its parts and the dollar signs around it."""
     return _bare(_WRAPPED.sub(r"\1", text))
 
 

@@ -198,6 +198,22 @@ def test_which_answer_counts(reward, text, gold, status, answer):
     assert (verdict.status.value, verdict.answer) == (status, answer)
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer", "normal"),
+    [
+        ("B", "B. 12", "B"),
+        ("B", r"\textbf{(D)}\ 15", "D"),
+        (r"\frac{1}{\sqrt{4}}", r"50\%", "0.5"),
+        (r"\frac13", r"\frac{100}{3}\%", "1/3"),
+        (r"10\sqrt{25}", r"50\%", "50"),
+        ("12:30", r"\text{12:30}", "12:30"),
+        ("2:3", "8:12", "2/3"),
+    ],
+)
+def test_the_normal_form_is_what_the_answer_says_beside_the_gold(reward, gold, answer, normal):
+    assert judge(reward, f"\\boxed{{{answer}}}", gold).answer == normal
+
+
 def test_a_truncated_response_needs_a_marked_answer(reward):
     assert judge(reward, "so far 3", "3").correct
     assert judge(reward, "so far 3", "3", truncated=True).status is Status.UNPARSABLE
@@ -398,6 +414,9 @@ def test_rounded_decimals(a, b, same):
 
 def test_plain_numbers_are_judged_in_process():
     assert _quick(("2", True, "2.00")).verdict.answer == "2"
-    assert _quick((r"50\%", True, "0.5")).verdict.answer == r"50\%"
+    assert _quick((r"50\%", True, "0.5")).verdict.answer == "0.5"
+    assert _quick((r"50\%", True, "50")).verdict.answer == "50"
+    assert _quick((r"50\%", True, r"50\%")).verdict.answer == r"50\%"
+    assert _quick(("8 m/s", True, "8")).verdict.answer == "8"
     assert _quick(("2", False, "2")) is None
     assert _quick(("x", True, "2")) is None
