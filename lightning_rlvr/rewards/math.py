@@ -187,7 +187,7 @@ def _quick(key: Key) -> _Judged | None:
     if pair is None:
         return None
     wanted, number, normal = pair
-    correct = same_number(wanted, number)
+    correct = bool(same_number(wanted, number))
     return _Judged(Verdict(float(correct), Status.CORRECT if correct else Status.WRONG, normal), answer)
 
 

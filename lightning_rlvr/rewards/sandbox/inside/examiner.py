@@ -122,7 +122,7 @@ def integer_keys(value: Any) -> Any:
     return {int(key): item for key, item in value.items()}
 
 
-_RUNS = {"assertion": assertion, "call": call, "lenient call": lenient_call}
+_RUNS: dict[str, Callable[..., bool]] = {"assertion": assertion, "call": call, "lenient call": lenient_call}
 
 
 def _overtime(number: int, frame: Any) -> None:
