@@ -115,7 +115,7 @@ class MathAnswer(Reward):
         """Say for each pair whether one answers the other as gold, in either order; False if time runs out.
 
         Where one is a percentage that is the gold: 50 is the same as 50%, 0.5 is not. `Verdict.answer` is what an
-        answer says beside its gold, so the 50% that answers 0.5 is 0.5 there.
+        answer says beside its gold, so the 50% that answers 0.5 is 1/2 there.
         Plain numbers are compared in process, each other pair is compared once and remembered: ask many at a time.
         """
         ordered = [(a, b) if a <= b else (b, a) for a, b in pairs]

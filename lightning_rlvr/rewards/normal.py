@@ -157,7 +157,7 @@ def plain_pair(gold: str, answer: str) -> tuple[Number, Number, str] | None:
     sign by its value, 50\% is 0.5, and by its number where that is over 1: 50\% answers 50, 0.5\% not 0.5.
 
     >>> plain_pair("0.5", r"50\%")[2], plain_pair("50", r"50\%")[2], plain_pair("8", "8 m/s")[2]
-    ('0.5', '50', '8')
+    ('1/2', '50', '8')
     """
     (gold, unit), (answer, other) = _split_unit(gold), _split_unit(answer)
     (gold, gold_percent), (body, percent) = split_percent(gold), split_percent(answer)

@@ -203,7 +203,7 @@ def test_which_answer_counts(reward, text, gold, status, answer):
     [
         ("B", "B. 12", "B"),
         ("B", r"\textbf{(D)}\ 15", "D"),
-        (r"\frac{1}{\sqrt{4}}", r"50\%", "0.5"),
+        (r"\frac{1}{\sqrt{4}}", r"50\%", "1/2"),
         (r"\frac13", r"\frac{100}{3}\%", "1/3"),
         (r"10\sqrt{25}", r"50\%", "50"),
         ("12:30", r"\text{12:30}", "12:30"),
@@ -414,7 +414,7 @@ def test_rounded_decimals(a, b, same):
 
 def test_plain_numbers_are_judged_in_process():
     assert _quick(("2", True, "2.00")).verdict.answer == "2"
-    assert _quick((r"50\%", True, "0.5")).verdict.answer == "0.5"
+    assert _quick((r"50\%", True, "0.5")).verdict.answer == "1/2"
     assert _quick((r"50\%", True, "50")).verdict.answer == "50"
     assert _quick((r"50\%", True, r"50\%")).verdict.answer == r"50\%"
     assert _quick(("8 m/s", True, "8")).verdict.answer == "8"
