@@ -19,17 +19,13 @@ from math_verify import parse, verify
 from sympy import Basic, Expr, Float, Integer, MatrixBase, Mul, Rational, UnevaluatedExpr
 
 from ._math_forms import EVALUATED, differ, expands_to_zero, same_line, same_set
+from .misread import is_moment, legible, named_moduli, other_modulus, same_moment
 from .normal import (
     chosen,
-    is_moment,
-    legible,
     named_base,
-    named_moduli,
     other_base,
-    other_modulus,
     read_percent,
     same_choice,
-    same_moment,
     same_plain,
     same_text,
     same_words,
