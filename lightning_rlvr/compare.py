@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import warnings
 from dataclasses import dataclass, replace
@@ -228,8 +229,11 @@ def _jaccard(a: Effect, b: Effect) -> float:
 
 
 def _matrix(effects: dict[str, Effect], value: Any) -> pd.DataFrame:
-    names = list(effects)
-    return pd.DataFrame([[value(effects[a], effects[b]) for b in names] for a in names], index=names, columns=names)
+    """Return a symmetric value of each pair of effects: each is computed once, gradients being as long as the model."""
+    matrix = pd.DataFrame(index=list(effects), columns=list(effects), dtype=float)
+    for a, b in itertools.combinations_with_replacement(effects, 2):
+        matrix.loc[a, b] = matrix.loc[b, a] = value(effects[a], effects[b])
+    return matrix
 
 
 def _picture(table: pd.DataFrame, cosine: pd.DataFrame, overlap: pd.DataFrame, eta: float, path: Path) -> None:

@@ -68,20 +68,18 @@ class PromptFormat:
 
 def control_names(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Return the texts that the tokenizer reads as a control token: a special one, or one that looks like markup."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return added | set(tokenizer.all_special_tokens) | _markup(tokenizer)
-
-
-def _markup(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if not token.special}
-    return {name for name in added if MARKUP.fullmatch(name)}
+    added = tokenizer.added_tokens_decoder.values()
+    names = {token.content for token in added if token.special or MARKUP.fullmatch(token.content)}
+    return names | set(tokenizer.all_special_tokens)
 
 
 def _reader(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Return a tokenizer that can read all control tokens as text; splitting leaves out those not marked special."""
     if tokenizer not in _READERS:
+        added = tokenizer.added_tokens_decoder.values()
+        markup = {token.content for token in added if not token.special and MARKUP.fullmatch(token.content)}
         reader = copy.deepcopy(tokenizer)
-        reader.add_tokens(sorted(_markup(tokenizer)), special_tokens=True)
+        reader.add_tokens(sorted(markup), special_tokens=True)
         _READERS[tokenizer] = reader
     return _READERS[tokenizer]
 

@@ -89,8 +89,10 @@ def check_states(model: PreTrainedModel) -> None:
     """
     from transformers import DynamicCache
 
-    layers = DynamicCache(config=model.config).layers
-    if model in _CHECKED or not any(hasattr(layer, STATES) for layer in layers):
+    if model in _CHECKED:
+        return
+    if not any(hasattr(layer, STATES) for layer in DynamicCache(config=model.config).layers):
+        _CHECKED.add(model)
         return
     try:
         with torch.autocast(model.device.type, enabled=False):
@@ -108,7 +110,7 @@ def check_states(model: PreTrainedModel) -> None:
     _CHECKED.add(model)
 
 
-_CHECKED: WeakSet[nn.Module] = WeakSet()  # models whose states follow their rows
+_CHECKED: WeakSet[nn.Module] = WeakSet()  # models without states, or whose states follow their rows
 
 
 def _gap(model: PreTrainedModel) -> tuple[float, float]:
@@ -123,10 +125,9 @@ def _gap(model: PreTrainedModel) -> tuple[float, float]:
     kept = decoder.keep([True, False, False, True])
     found += [decoder.step(tokens[kept, at]) for at in (6, 7)]
     gaps, most = [], []
-    for row in kept:
+    for place, row in enumerate(kept):
         whole = torch.cat([prompt[row // 2][mask[row // 2]], tokens[row, 5:]])
         logits = model(input_ids=whole[None], use_cache=False).logits[0, -4:]
-        place = kept.index(row)
         logp = torch.stack([found[0][row], found[1][row], found[2][place], found[3][place]]).float().log_softmax(dim=-1)
         wanted = logits.float().log_softmax(dim=-1)
         gaps.append(float((logp - wanted).abs().max()))

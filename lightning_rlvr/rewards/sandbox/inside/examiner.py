@@ -99,18 +99,21 @@ def assertion(candidate: Candidate, namespace: dict[str, Any], test: CodeType) -
     return True
 
 
-def call(candidate: Candidate, namespace: dict[str, Any], test: tuple[str, str, str]) -> bool:
-    """Call a function; compare its value. Arguments and expected value are JSON."""
+def called(candidate: Candidate, test: tuple[str, str, str]) -> tuple[Any, Any]:
+    """Call a function; return its value and the expected one. Arguments and expected value are JSON."""
     name, arguments, expected = test
-    value = candidate.ask("call", name, None, json.loads(arguments), {})
-    return bool(lists(value) == json.loads(expected))
+    return lists(candidate.ask("call", name, None, json.loads(arguments), {})), json.loads(expected)
+
+
+def call(candidate: Candidate, namespace: dict[str, Any], test: tuple[str, str, str]) -> bool:
+    """Call a function; compare its value."""
+    value, wanted = called(candidate, test)
+    return bool(value == wanted)
 
 
 def lenient_call(candidate: Candidate, namespace: dict[str, Any], test: tuple[str, str, str]) -> bool:
     """Call a function; compare its value with the expected one, or with that of a list of one, as APPS' grader does."""
-    name, arguments, expected = test
-    value = lists(candidate.ask("call", name, None, json.loads(arguments), {}))
-    wanted = json.loads(expected)
+    value, wanted = called(candidate, test)
     accepted = [wanted, *(wanted if isinstance(wanted, list) and len(wanted) == 1 else ())]
     return any(bool(value == one) or bool(value == integer_keys(one)) for one in accepted)
 
