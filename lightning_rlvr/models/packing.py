@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from math import ceil
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightning_rlvr.types import Rollouts
 
@@ -37,17 +38,18 @@ class States(NamedTuple):
     rows: Int[Tensor, " N"]
 
 
-def packed_states(backbone: nn.Module, rollouts: Rollouts) -> States:
+def packed_states(backbone: nn.Module, rollouts: Rollouts, in_stages: bool = False) -> States:
     """Run the model without its head over prompts and counted response tokens, with gradients where those are on.
 
     Rows beside each other that have the same prompt share its pass, and their gradients meet in it. Responses go on
-    from its key-value cache, longest first, in as many passes as keep padding small.
+    from its key-value cache, longest first, in as many passes as keep padding small. `in_stages` is for a gradient
+    that is taken once, by `backward`: see `StagedStates`.
     """
     with keys_as_they_are(rollouts.prompt_ids.device):
-        return _packed_states(backbone, rollouts)
+        return _packed_states(backbone, rollouts, in_stages)
 
 
-def _packed_states(backbone: nn.Module, rollouts: Rollouts) -> States:
+def _packed_states(backbone: nn.Module, rollouts: Rollouts, in_stages: bool) -> States:
     from transformers import DynamicCache
 
     prompts, prompt_of = distinct_prompts(rollouts)
@@ -55,6 +57,9 @@ def _packed_states(backbone: nn.Module, rollouts: Rollouts) -> States:
     ids, seen = rollouts.prompt_ids[prompts, start:], rollouts.prompt_mask[prompts, start:]
     cache = DynamicCache()  # made without the config it keeps all of a prompt, also where attention slides
     last = run_backbone(backbone, ids, seen, cache)[:, -1]
+    read = [last, *(x for keys, values, *_ in cache for x in (keys, values))]
+    staged = StagedStates(read) if in_stages and any(x.requires_grad for x in read) else None
+    last, *known_keys = read if staged is None else staged.leaves
     lengths = rollouts.mask.sum(dim=1)
     order = lengths.argsort(descending=True, stable=True)
     hidden = []
@@ -67,12 +72,59 @@ def _packed_states(backbone: nn.Module, rollouts: Rollouts) -> States:
             response = rollouts.response_ids[rows, : width - 1]
             # What lies behind a response's end needs no mask: no token looks ahead.
             known = torch.cat([seen[whose], torch.ones_like(response, dtype=torch.bool)], dim=1)
-            shared = DynamicCache([(keys[whose], values[whose]) for keys, values, *_ in cache])
+            pairs = zip(known_keys[::2], known_keys[1::2], strict=True)
+            shared = DynamicCache([(keys[whose], values[whose]) for keys, values in pairs])
             states = torch.cat([states, run_backbone(backbone, response, known, shared)], dim=1)
         counted = rollouts.mask[rows, :width].flatten().nonzero().squeeze(-1)
         states = states.flatten(0, 1)
         hidden.append(states if len(counted) == len(states) else states[counted])
-    return States(torch.cat(hidden), order)
+    return States(torch.cat(hidden) if staged is None else staged.of(hidden), order)
+
+
+class StagedStates:
+    """Hidden states whose gradient goes back through one pass of responses after another, then through the prompts'.
+
+    In one graph the gradient of a weight waits until that of every pass is there: beside the gradients that are being
+    summed, a copy of them all, for as long as activations are held too. Here each pass adds its own at once.
+
+    Args:
+        read: what the prompts' pass hands to the others. They start from `leaves` in its place.
+    """
+
+    def __init__(self, read: list[Tensor]) -> None:
+        self.read = read
+        self.leaves = [x.detach().requires_grad_(x.requires_grad) for x in read]
+
+    def of(self, passes: list[Tensor]) -> Float[Tensor, "K H"]:
+        """Return the states of all passes, one after the other."""
+        self.passes = passes
+        anchor = torch.zeros((), device=passes[0].device, requires_grad=True)  # so that a gradient is asked for
+        states: Tensor = _Staged.apply(anchor, self)
+        return states
+
+    def backward(self, gradient: Float[Tensor, "K H"]) -> None:
+        """Add the gradients of all weights, and let go of the graphs. Raises: RuntimeError the second time."""
+        if not self.read:
+            raise RuntimeError("the gradient of staged states was taken before: call backward once")
+        pulls = list(gradient.split([len(states) for states in self.passes]))
+        while self.passes:
+            torch.autograd.backward(self.passes.pop(), pulls.pop())
+        reached = [(x, leaf.grad) for x, leaf in zip(self.read, self.leaves, strict=True) if leaf.grad is not None]
+        self.read, self.leaves = [], []
+        torch.autograd.backward([x for x, _ in reached], [pull for _, pull in reached])
+
+
+class _Staged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, staged: StagedStates) -> Tensor:
+        ctx.staged = staged
+        return torch.cat(staged.passes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        ctx.staged.backward(gradient)
+        return None, None
 
 
 @contextmanager

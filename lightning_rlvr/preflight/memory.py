@@ -232,7 +232,7 @@ def _update(model: PreTrainedModel, work: Work, place: Placement, vocabulary: Vo
     prompts, rows, _ = work.largest_part(joined)
     widths = work.prompt_tokens, work.response_tokens
     device = "cuda" if place.accelerator else "cpu"
-    traced = update_pass(model, prompts, rows, widths, joined, place.autocast, device)
+    traced = update_pass(model, prompts, rows, widths, joined, place.autocast, device, place.in_stages)
     tokens = rows * work.response_tokens
     peak, kept = vocabulary.head(tokens, work.with_entropy, True, work.temperature)
     # The embedding's gradient is as large as the weight, and is formed last.

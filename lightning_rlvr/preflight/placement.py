@@ -30,6 +30,7 @@ class Placement:
         weights, gradients, optimizer: over how many processes each is shared out.
         master_bytes: of a float32 copy of each weight that the optimizer keeps.
         buckets: whether gradients are held twice, to be exchanged.
+        in_stages: whether a weight's gradient may come in parts, so that none of them waits for the others.
     """
 
     world: int = 1
@@ -41,6 +42,7 @@ class Placement:
     optimizer: int = 1
     master_bytes: int = 0
     buckets: bool = False
+    in_stages: bool = True
 
     @property
     def joined(self) -> bool:
@@ -92,7 +94,8 @@ def _shared(found: Placement, name: str, settings: Mapping[str, Any]) -> Placeme
     if name in ("auto", "single_device", "SingleDeviceStrategy") and world == 1:
         return found
     if name == "auto" or name.startswith("ddp") or name == "DDPStrategy":
-        return replace(found, buckets=world > 1 and not settings.get("gradient_as_bucket_view"))
+        buckets = world > 1 and not settings.get("gradient_as_bucket_view")
+        return replace(found, buckets=buckets, in_stages=False)
     if name in ("fsdp2", "FSDP2Strategy", "ModelParallelStrategy"):
         return replace(found, weights=world, gradients=world, optimizer=world)
     if name.startswith("deepspeed") or name == "DeepSpeedStrategy":
@@ -108,6 +111,7 @@ def _shared(found: Placement, name: str, settings: Mapping[str, Any]) -> Placeme
             gradients=world if stage >= 2 else 1,
             optimizer=away if "offload" in name or settings.get("offload_optimizer") else world,
             master_bytes=4 if half else 0,
+            in_stages=False,
         )
     raise UserError(
         f"strategy must be ddp, fsdp2, ModelParallelStrategy or a deepspeed_stage to be counted, got {name}. "

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lightning_rlvr.models.packing import keys_as_they_are, run_backbone
+from lightning_rlvr.models.packing import StagedStates, keys_as_they_are, run_backbone
 from lightning_rlvr.rollout.decoder import read_prompts
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ def update_pass(
     joined: bool,
     autocast: torch.dtype | None,
     device: str = "cpu",
+    in_stages: bool = True,
 ) -> UpdatePass:
     """Trace a micro-batch without its head: prompts read once for their rows, or joined with each.
 
@@ -122,34 +123,43 @@ def update_pass(
         joined: whether each row has its prompt in its own pass.
         autocast: the dtype of products if it is not that of the weights.
         device: where it is to run, cpu or cuda.
+        in_stages: whether each pass has a backward pass of its own.
     """
-    from transformers import DynamicCache
-
     prompt, response = widths
     with fake(model, autocast) as policy:
         backbone = policy.get_decoder()  # type: ignore[operator]
-        live = LiveBytes()
-        with live, nullcontext() if joined else keys_as_they_are(torch.device(device)):
+        with LiveBytes() as live, nullcontext() if joined else keys_as_they_are(torch.device(device)):
             if joined:
                 ids = torch.zeros(rows, prompt + response - 1, dtype=torch.long)
-                mask = torch.ones_like(ids)
-                positions = torch.arange(ids.shape[1]).expand(ids.shape)
-                states = [backbone(ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state]
+                hidden = run_backbone(backbone, ids, torch.ones_like(ids, dtype=torch.bool))
             else:
-                seen = torch.ones(prompts, prompt, dtype=torch.bool)
-                cache = DynamicCache()
-                last = run_backbone(backbone, seen.long(), seen, cache)[:, -1]
-                whose = torch.arange(rows) % prompts
-                states = [last[whose, None]]
-                if response > 1:
-                    ids = torch.zeros(rows, response - 1, dtype=torch.long)
-                    known = torch.cat([seen[whose], torch.ones_like(ids, dtype=torch.bool)], dim=1)
-                    shared = DynamicCache([(keys[whose], values[whose]) for keys, values, *_ in cache])
-                    states.append(run_backbone(backbone, ids, known, shared))
-            hidden = torch.cat(states, dim=1).flatten(0, 1)
+                hidden = _packed_states(backbone, prompts, rows, prompt, response, in_stages)
             kept = live.now
             hidden.backward(torch.zeros_like(hidden))
         return UpdatePass(kept, live.peak)
+
+
+def _packed_states(
+    backbone: nn.Module, prompts: int, rows: int, prompt: int, response: int, in_stages: bool
+) -> Tensor:
+    """Do as `models.packing.packed_states`, whose look at the batch's lengths fake tensors do not allow."""
+    from transformers import DynamicCache
+
+    seen = torch.ones(prompts, prompt, dtype=torch.bool)
+    cache = DynamicCache()
+    last = run_backbone(backbone, seen.long(), seen, cache)[:, -1]
+    read = [last, *(x for keys, values, *_ in cache for x in (keys, values))]
+    staged = StagedStates(read) if in_stages else None
+    last, *held = read if staged is None else staged.leaves
+    whose = torch.arange(rows) % prompts
+    states = last[whose, None]
+    if response > 1:
+        ids = torch.zeros(rows, response - 1, dtype=torch.long)
+        known = torch.cat([seen[whose], torch.ones_like(ids, dtype=torch.bool)], dim=1)
+        shared = DynamicCache([(held[i][whose], held[i + 1][whose]) for i in range(0, len(held), 2)])
+        states = torch.cat([states, run_backbone(backbone, ids, known, shared)], dim=1)
+    states = states.flatten(0, 1)
+    return states if staged is None else staged.of([states])
 
 
 def prompt_pass(model: PreTrainedModel, prompts: int, prompt: int, autocast: torch.dtype | None) -> PromptPass:

@@ -53,12 +53,19 @@ class Parallel:
     def release(self, model: nn.Module) -> None:
         """Let go of weights that passes without gradients have left gathered."""
 
+    def in_stages(self, last: bool) -> bool:
+        """Whether a weight's gradient may come in parts: DDP exchanges it as it comes, at the `last` of a step."""
+        return not last or self._ddp() is None
+
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a micro-batch; processes exchange what has come together at the `last` of a step."""
-        wrapped = getattr(self.module.trainer, "model", None)
-        apart = not last and isinstance(wrapped, DistributedDataParallel)
-        with cast(DistributedDataParallel, wrapped).no_sync() if apart else nullcontext():
+        wrapped = None if last else self._ddp()
+        with nullcontext() if wrapped is None else wrapped.no_sync():
             self.module.manual_backward(loss)
+
+    def _ddp(self) -> DistributedDataParallel | None:
+        wrapped = getattr(self.module.trainer, "model", None)
+        return wrapped if isinstance(wrapped, DistributedDataParallel) else None
 
     def norm(self) -> Tensor:
         """Return the norm of the gradient, over all processes."""
@@ -149,6 +156,10 @@ class ZeRO(Parallel):
         from deepspeed.runtime.zero import unwrap_model_for_generation
 
         return unwrap_model_for_generation(self.engine)
+
+    def in_stages(self, last: bool) -> bool:
+        """DeepSpeed takes in each gradient as it comes."""
+        return False
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Say whether a step follows, and that what comes is another micro-batch.

@@ -82,6 +82,7 @@ def _backward(module: RLVRModule, losses: _Losses, rows: Int[Tensor, " M"], size
     reference = module.reference if objective.needs_full_kl else None
     parts = micro_batches(module.policy, rollouts, rows, size, reference is not None)
     for i, part in enumerate(parts):
+        last = i + 1 == len(parts)
         loss = response_loss(
             module.policy,
             rollouts.rows(part),
@@ -89,8 +90,8 @@ def _backward(module: RLVRModule, losses: _Losses, rows: Int[Tensor, " M"], size
             partial(losses.of_rows, part),
             objective.needs_entropy,
             reference,
+            module.parallel.in_stages(last),
         )
-        last = i + 1 == len(parts)
         with _exchanging(module, last):
             module.parallel.backward(loss * world_size(), last)  # ranks average gradients; the plan's weights sum
         losses.add({"loss": Ratio(loss.detach(), loss.new_ones(()))})

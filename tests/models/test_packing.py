@@ -19,6 +19,7 @@ from lightning_rlvr.models.forward import (
     response_loss,
 )
 from lightning_rlvr.models.packing import COPIED, distinct_prompts, parts_of, passes
+from lightning_rlvr.preflight.trace import LiveBytes
 from lightning_rlvr.types import Rollouts
 
 # prompt number, tokens of the prompt, tokens of the response
@@ -131,12 +132,17 @@ def test_values_and_gradients_equal_those_of_the_plain_way(model, dtype, bound, 
     torch.testing.assert_close(values[:2], plain[:2], rtol=0, atol=10 * bound)
     assert distance(gradients(model, objective(values, weight)), wanted) < bound
 
-    for size in (1, 2, 5, 9):
+    for size, in_stages in [(1, False), (2, True), (5, False), (9, False), (9, True)]:
         parts = micro_batches(model, rollouts, torch.arange(len(ROWS)), size)
         model.zero_grad(set_to_none=True)
         for part in parts:
             loss = response_loss(
-                model, rollouts.rows(part), 0.7, lambda v, rows, part=part: objective(v, weight[part[rows]]), True
+                model,
+                rollouts.rows(part),
+                0.7,
+                lambda v, rows, part=part: objective(v, weight[part[rows]]),
+                True,
+                in_stages=in_stages,
             )
             loss.backward()
         assert distance({n: p.grad for n, p in model.named_parameters()}, wanted) < bound
@@ -301,3 +307,43 @@ def test_passes_hold_rows_of_like_length(lengths, cut):
     parts = list(passes(lengths, packing.CPU_PADDING))
     assert [part.stop - part.start for part in parts] == cut
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(len(lengths)))
+
+
+def staged_loss(model, rollouts, in_stages=True):
+    return response_loss(model, rollouts, 1.0, lambda values, rows: values.logp.sum(), in_stages=in_stages)
+
+
+def test_in_stages_no_gradient_waits_for_another(monkeypatch):
+    monkeypatch.setattr(packing, "CPU_PADDING", 3)  # several passes
+    model = built("Llama", tie_word_embeddings=False)
+    layers = sum(p.nbytes for p in model.model.layers.parameters())
+    held = {}
+    for in_stages in (False, True):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        with LiveBytes() as live:
+            loss = staged_loss(model, batch(), in_stages)
+            before = live.now
+            live.peak = live.now
+            loss.backward()
+        held[in_stages] = live.peak - before
+    assert held[True] < 0.2 * layers
+    assert held[False] - held[True] > 0.7 * layers
+
+
+def test_in_stages_the_gradient_is_taken_once():
+    loss = staged_loss(TinyPolicy().load().model, batch())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="call backward once"):
+        loss.backward()
+
+
+def test_in_stages_reaches_what_is_trained_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(packing, "CPU_PADDING", 3)
+    model = exact(built("Llama", tie_word_embeddings=False).double())
+    everything = gradients(model, staged_loss(model, batch()))
+    for trained in (["lm_head"], ["layers.1.mlp"], ["layers.0.self_attn.q_proj", "lm_head"]):
+        for name, p in model.named_parameters():
+            p.requires_grad_(any(part in name for part in trained))
+        wanted = {name: everything[name] for name, p in model.named_parameters() if p.requires_grad}
+        assert distance(gradients(model, staged_loss(model, batch())), wanted) < 1e-10

@@ -60,7 +60,7 @@ class Checkpointed(SmallPolicy):
 @pytest.mark.parametrize(
     ("policy", "micro"),
     [
-        pytest.param(SmallPolicy(), 4, id="small parts"),
+        pytest.param(SmallPolicy(), 12, id="small parts"),
         pytest.param(SmallPolicy(), 64, id="large parts"),
         pytest.param(Checkpointed(), 64, id="recomputed layers"),
         pytest.param(LoRA(SmallPolicy(), rank=4), 64, id="adapters"),

@@ -257,7 +257,7 @@ def test_texts_are_compared_without_their_scorer(name):
 
 @needs_isolation
 def test_evaluating_scorers_run_in_the_sandbox():
-    reward = ReasoningGymScore(timeout_s=1.0)
+    reward = ReasoningGymScore(timeout_s=4.0)  # a second is too short for what is right on a busy machine
     sums, product = gym_prompt("countdown"), gym_prompt("polynomial_multiplication")
     integral = gym_prompt("simple_integration")
     right = [(sums, sums.answer), (product, product.answer), (integral, integral.answer)]
