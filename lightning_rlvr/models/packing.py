@@ -58,7 +58,7 @@ def _packed_states(backbone: nn.Module, rollouts: Rollouts, in_stages: bool) -> 
     cache = DynamicCache()  # made without the config it keeps all of a prompt, also where attention slides
     last = run_backbone(backbone, ids, seen, cache)[:, -1]
     read = [last, *(x for keys, values, *_ in cache for x in (keys, values))]
-    staged = StagedStates(read) if in_stages and any(x.requires_grad for x in read) else None
+    staged = StagedStates(read) if in_stages and last.requires_grad else None
     last, *known_keys = read if staged is None else staged.leaves
     lengths = rollouts.mask.sum(dim=1)
     order = lengths.argsort(descending=True, stable=True)

@@ -149,7 +149,7 @@ def _packed_states(
     cache = DynamicCache()
     last = run_backbone(backbone, seen.long(), seen, cache)[:, -1]
     read = [last, *(x for keys, values, *_ in cache for x in (keys, values))]
-    staged = StagedStates(read) if in_stages else None
+    staged = StagedStates(read) if in_stages and last.requires_grad else None
     last, *held = read if staged is None else staged.leaves
     whose = torch.arange(rows) % prompts
     states = last[whose, None]
