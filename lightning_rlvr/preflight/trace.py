@@ -139,9 +139,7 @@ def update_pass(
         return UpdatePass(kept, live.peak)
 
 
-def _packed_states(
-    backbone: nn.Module, prompts: int, rows: int, prompt: int, response: int, in_stages: bool
-) -> Tensor:
+def _packed_states(backbone: nn.Module, prompts: int, rows: int, prompt: int, response: int, in_stages: bool) -> Tensor:
     """Do as `models.packing.packed_states`, whose look at the batch's lengths fake tensors do not allow."""
     from transformers import DynamicCache
 
