@@ -60,6 +60,7 @@ class Checkpointed(SmallPolicy):
 @pytest.mark.parametrize(
     ("policy", "micro"),
     [
+        pytest.param(SmallPolicy(), 4, id="smallest parts"),  # beside which the rollout is the peak
         pytest.param(SmallPolicy(), 12, id="small parts"),
         pytest.param(SmallPolicy(), 64, id="large parts"),
         pytest.param(Checkpointed(), 64, id="recomputed layers"),
@@ -93,7 +94,7 @@ def test_the_peak_is_near_what_lived(tmp_path, policy, micro):
     said = preflight.inspect(data, module, {"trainer": {"accelerator": "cpu", "devices": 1}})
     recomputed = type(policy) is Checkpointed
     assert said.memory.peak == pytest.approx(live.peak, rel=0.2 if recomputed else 0.15)
-    if type(policy) is SmallPolicy:
+    if type(policy) is SmallPolicy and micro > 4:
         assert max(said.memory.totals, key=said.memory.totals.get) == "update"
 
 
