@@ -10,10 +10,11 @@ from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_rlvr.models.lean import lean_layers
 from lightning_rlvr.types import Rollouts
 
 if TYPE_CHECKING:
@@ -50,16 +51,10 @@ def packed_states(backbone: nn.Module, rollouts: Rollouts, in_stages: bool = Fal
 
 
 def _packed_states(backbone: nn.Module, rollouts: Rollouts, in_stages: bool) -> States:
-    from transformers import DynamicCache
-
     prompts, prompt_of = distinct_prompts(rollouts)
     start = int(rollouts.prompt_mask.any(dim=0).int().argmax())
     ids, seen = rollouts.prompt_ids[prompts, start:], rollouts.prompt_mask[prompts, start:]
-    cache = DynamicCache()  # made without the config it keeps all of a prompt, also where attention slides
-    last = run_backbone(backbone, ids, seen, cache)[:, -1]
-    read = [last, *(x for keys, values, *_ in cache for x in (keys, values))]
-    staged = StagedStates(read) if in_stages and last.requires_grad else None
-    last, *known_keys = read if staged is None else staged.leaves
+    read = PromptStates(backbone, ids, seen, in_stages)
     lengths = rollouts.mask.sum(dim=1)
     order = lengths.argsort(descending=True, stable=True)
     hidden = []
@@ -67,18 +62,51 @@ def _packed_states(backbone: nn.Module, rollouts: Rollouts, in_stages: bool) -> 
     for part in passes(lengths[order].tolist(), padding):
         rows = order[part]
         width = max(1, int(lengths[rows[0]]))
-        states, whose = last[prompt_of[rows], None], prompt_of[rows]
-        if width > 1:
-            response = rollouts.response_ids[rows, : width - 1]
-            # What lies behind a response's end needs no mask: no token looks ahead.
-            known = torch.cat([seen[whose], torch.ones_like(response, dtype=torch.bool)], dim=1)
-            pairs = zip(known_keys[::2], known_keys[1::2], strict=True)
-            shared = DynamicCache([(keys[whose], values[whose]) for keys, values in pairs])
-            states = torch.cat([states, run_backbone(backbone, response, known, shared)], dim=1)
+        states = read.answered(prompt_of[rows], rollouts.response_ids[rows, : width - 1]).flatten(0, 1)
         counted = rollouts.mask[rows, :width].flatten().nonzero().squeeze(-1)
-        states = states.flatten(0, 1)
         hidden.append(states if len(counted) == len(states) else states[counted])
-    return States(torch.cat(hidden) if staged is None else staged.of(hidden), order)
+    return States(read.together(hidden), order)
+
+
+class PromptStates:
+    """What a model's pass over prompts gives to responses that go on from them.
+
+    Args:
+        backbone: the model without its head.
+        ids: of the prompts, padded on the left.
+        seen: false in padding.
+        in_stages: as in `packed_states`.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, ids: Int[Tensor, "B P"], seen: Bool[Tensor, "B P"], in_stages: bool
+    ) -> None:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()  # made without the config it keeps all of a prompt, also where attention slides
+        last = run_backbone(backbone, ids, seen, cache)[:, -1]
+        read: list[Tensor] = [last, *(x for keys, values, *_ in cache for x in (keys, values))]
+        self.staged = StagedStates(read) if in_stages and last.requires_grad else None
+        self.backbone, self.seen = backbone, seen
+        self.read = read if self.staged is None else self.staged.leaves
+
+    def answered(self, whose: Int[Tensor, " N"], response: Int[Tensor, "N t"]) -> Float[Tensor, "N t+1 H"]:
+        """Return the states that predict each token of a response and the one after it, to prompts `whose`."""
+        from transformers import DynamicCache
+
+        last, *held = self.read
+        states = last[whose, None]
+        if response.shape[1] == 0:
+            return states
+        # What lies behind a response's end needs no mask: no token looks ahead.
+        known = torch.cat([self.seen[whose], torch.ones_like(response, dtype=torch.bool)], dim=1)
+        pairs = zip(held[::2], held[1::2], strict=True)
+        shared = DynamicCache([(keys[whose], values[whose]) for keys, values in pairs])
+        return torch.cat([states, run_backbone(self.backbone, response, known, shared)], dim=1)
+
+    def together(self, states: list[Float[Tensor, "_ H"]]) -> Float[Tensor, "K H"]:
+        """Return the states of all passes, one after the other."""
+        return torch.cat(states) if self.staged is None else self.staged.of(states)
 
 
 class StagedStates:
@@ -162,13 +190,14 @@ def joined_states(backbone: nn.Module, rollouts: Rollouts) -> States:
 def run_backbone(backbone: nn.Module, ids: Tensor, seen: Tensor, cache: object | None = None) -> Tensor:
     """Return the last hidden states of `ids`; `seen` also covers what the cache holds."""
     positions = (seen.long().cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    output = backbone(
-        input_ids=ids,
-        attention_mask=seen.long(),
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=cache is not None,
-    )
+    with lean_layers(backbone):
+        output = backbone(
+            input_ids=ids,
+            attention_mask=seen.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
     return output.last_hidden_state
 
 

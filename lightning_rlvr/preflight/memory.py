@@ -230,9 +230,7 @@ def _update(model: PreTrainedModel, work: Work, place: Placement, vocabulary: Vo
     """Activations and the head's buffer, then the backward pass with the head's gradients waiting."""
     joined = place.joined or joins(model)
     prompts, rows, _ = work.largest_part(joined)
-    widths = work.prompt_tokens, work.response_tokens
-    device = "cuda" if place.accelerator else "cpu"
-    traced = update_pass(model, prompts, rows, widths, joined, place.autocast, device, place.in_stages)
+    traced = update_pass(model, prompts, rows, (work.prompt_tokens, work.response_tokens), joined, place)
     tokens = rows * work.response_tokens
     peak, kept = vocabulary.head(tokens, work.with_entropy, True, work.temperature)
     # The embedding's gradient is as large as the weight, and is formed last.

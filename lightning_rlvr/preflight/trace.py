@@ -18,11 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lightning_rlvr.models.packing import StagedStates, keys_as_they_are, run_backbone
+from lightning_rlvr.models.lean import find_lean
+from lightning_rlvr.models.packing import PromptStates, keys_as_they_are, run_backbone
 from lightning_rlvr.rollout.decoder import read_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from lightning_rlvr.preflight.placement import Placement
 
 
 class LiveBytes(TorchDispatchMode):
@@ -82,6 +85,7 @@ class OptimizerStep(NamedTuple):
 def fake(model: PreTrainedModel, autocast: torch.dtype | None) -> Iterator[nn.Module]:
     """Give a copy of a model on the meta device with fake weights, whose gradients are there already."""
     copied = copy.deepcopy(model)
+    find_lean(copied.get_decoder())  # which fake tensors do not tell
     with FakeTensorMode(), torch.autocast("cpu", autocast, cache_enabled=False) if autocast else nullcontext():
         made: dict[Tensor, Tensor] = {}  # a tied weight is one tensor
         for module in copied.modules():
@@ -109,9 +113,7 @@ def update_pass(
     rows: int,
     widths: tuple[int, int],
     joined: bool,
-    autocast: torch.dtype | None,
-    device: str = "cpu",
-    in_stages: bool = True,
+    place: Placement,
 ) -> UpdatePass:
     """Trace a micro-batch without its head: prompts read once for their rows, or joined with each.
 
@@ -121,43 +123,24 @@ def update_pass(
         rows: responses to them.
         widths: tokens of a prompt and of a response.
         joined: whether each row has its prompt in its own pass.
-        autocast: the dtype of products if it is not that of the weights.
-        device: where it is to run, cpu or cuda.
-        in_stages: whether each pass has a backward pass of its own.
+        place: where it is to run.
     """
     prompt, response = widths
-    with fake(model, autocast) as policy:
+    device = torch.device("cuda" if place.accelerator else "cpu")
+    with fake(model, place.autocast) as policy:
         backbone = policy.get_decoder()  # type: ignore[operator]
-        with LiveBytes() as live, nullcontext() if joined else keys_as_they_are(torch.device(device)):
+        with LiveBytes() as live, nullcontext() if joined else keys_as_they_are(device):
             if joined:
                 ids = torch.zeros(rows, prompt + response - 1, dtype=torch.long)
                 hidden = run_backbone(backbone, ids, torch.ones_like(ids, dtype=torch.bool))
             else:
-                hidden = _packed_states(backbone, prompts, rows, prompt, response, in_stages)
+                ids = torch.zeros(prompts, prompt, dtype=torch.long)
+                read = PromptStates(backbone, ids, torch.ones_like(ids, dtype=torch.bool), place.in_stages)
+                answers = torch.zeros(rows, response - 1, dtype=torch.long)
+                hidden = read.together([read.answered(torch.arange(rows) % prompts, answers).flatten(0, 1)])
             kept = live.now
             hidden.backward(torch.zeros_like(hidden))
         return UpdatePass(kept, live.peak)
-
-
-def _packed_states(backbone: nn.Module, prompts: int, rows: int, prompt: int, response: int, in_stages: bool) -> Tensor:
-    """Do as `models.packing.packed_states`, whose look at the batch's lengths fake tensors do not allow."""
-    from transformers import DynamicCache
-
-    seen = torch.ones(prompts, prompt, dtype=torch.bool)
-    cache = DynamicCache()
-    last = run_backbone(backbone, seen.long(), seen, cache)[:, -1]
-    read = [last, *(x for keys, values, *_ in cache for x in (keys, values))]
-    staged = StagedStates(read) if in_stages and last.requires_grad else None
-    last, *held = read if staged is None else staged.leaves
-    whose = torch.arange(rows) % prompts
-    states = last[whose, None]
-    if response > 1:
-        ids = torch.zeros(rows, response - 1, dtype=torch.long)
-        known = torch.cat([seen[whose], torch.ones_like(ids, dtype=torch.bool)], dim=1)
-        shared = DynamicCache([(held[i][whose], held[i + 1][whose]) for i in range(0, len(held), 2)])
-        states = torch.cat([states, run_backbone(backbone, ids, known, shared)], dim=1)
-    states = states.flatten(0, 1)
-    return states if staged is None else staged.of([states])
 
 
 def prompt_pass(model: PreTrainedModel, prompts: int, prompt: int, autocast: torch.dtype | None) -> PromptPass:

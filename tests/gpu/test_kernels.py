@@ -6,8 +6,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from attention import attended, problem
+from packed import batch, built, gradients
 
-from lightning_rlvr.models.forward import response_logp
+from lightning_rlvr.models.forward import response_logp, response_loss
 from lightning_rlvr.ops.linear_logprob import linear_logprob, linear_logprob_loss
 from lightning_rlvr.rollout import TransformersEngine, decode_attention, graphs
 from lightning_rlvr.types import Sampling
@@ -85,6 +86,26 @@ def test_the_training_pass_meets_what_was_sampled(dtype, autocast, tolerance):
             values = response_logp(model, got, 1.0, with_entropy=True)
     assert float((got.logp - values.logp)[got.mask].abs().mean()) < tolerance
     assert float((got.entropy - values.entropy)[got.mask].abs().mean()) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "tolerance"),
+    [(torch.float32, False, 1e-4), (torch.bfloat16, False, 0.1), (torch.float32, True, 0.1)],
+    ids=["float32", "bfloat16", "autocast"],
+)
+def test_an_update_has_the_gradient_of_a_cpu_in_float64(dtype, autocast, tolerance):
+    """Prompts once, lean layers, the head in one pass, each pass's gradients at once."""
+
+    def of(device, dtype):
+        model, rollouts = built("Llama").to(device, dtype), batch().to(device)
+        loss = response_loss(model, rollouts, 0.7, lambda v, rows: (v.logp + v.entropy).sum(), True, in_stages=True)
+        return {name: gradient.cpu().double() for name, gradient in gradients(model, loss).items()}
+
+    wanted = of("cpu", torch.float64)
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast, cache_enabled=False):
+        got = of("cuda", dtype)
+    for name, gradient in wanted.items():
+        assert (got[name] - gradient).norm() < tolerance * gradient.norm(), name
 
 
 def test_graphs_see_weights_that_an_update_has_changed():

@@ -7,6 +7,7 @@ import torch
 from support import TinyPolicy
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lightning_rlvr.preflight.placement import Placement
 from lightning_rlvr.preflight.trace import LiveBytes, optimizer_step, prompt_pass, update_pass
 
 KEYS_OF_A_TOKEN = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, their size, bytes
@@ -48,20 +49,22 @@ def test_recurrent_layers_leave_their_states():
 
 
 def test_a_shared_prompt_is_held_once(skeleton):
-    apart, shared = (update_pass(skeleton, n, 8, (40, 9), False, None) for n in (8, 1))
-    joined = update_pass(skeleton, 8, 8, (40, 9), True, None)
+    apart, shared = (update_pass(skeleton, n, 8, (40, 9), False, Placement()) for n in (8, 1))
+    joined = update_pass(skeleton, 8, 8, (40, 9), True, Placement())
     assert shared.activations < apart.activations
     assert joined.activations > shared.activations
     assert shared.peak >= shared.activations > 0
 
 
 def test_activations_grow_with_rows(skeleton):
-    one, two = (update_pass(skeleton, n, n, (5, 20), True, None).activations for n in (4, 8))
+    one, two = (update_pass(skeleton, n, n, (5, 20), True, Placement()).activations for n in (4, 8))
     assert two == pytest.approx(2 * one, rel=0.05)
 
 
 def test_mixed_precision_is_smaller_in_activations_only(skeleton):
-    wide, mixed = (update_pass(skeleton, 64, 64, (9, 20), True, dtype) for dtype in (None, torch.bfloat16))
+    wide, mixed = (
+        update_pass(skeleton, 64, 64, (9, 20), True, Placement(autocast=dtype)) for dtype in (None, torch.bfloat16)
+    )
     assert mixed.activations < 0.9 * wide.activations
 
 
