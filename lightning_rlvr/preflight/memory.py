@@ -15,6 +15,7 @@ from lightning_rlvr.models.lora import adapted
 from lightning_rlvr.models.packing import parts_of
 from lightning_rlvr.ops.linear_logprob import ACCELERATOR_BYTES, CPU_BYTES
 from lightning_rlvr.preflight.trace import optimizer_step, prompt_pass, update_pass
+from lightning_rlvr.rollout.linear import packs_weights
 from lightning_rlvr.rollout.shared_prefix import SharedPrefixDecoder
 from lightning_rlvr.types import Rollouts
 
@@ -202,19 +203,21 @@ def _rollout(model: PreTrainedModel, work: Work, place: Placement, vocabulary: V
             "sampled tokens": prompts * samples * tokens * SAMPLED_BYTES,
         })  # fmt: skip
     largest = max(found, key=lambda one: sum(one.values()))
-    rounded = _rounded_weights(model, place) if shares else 0
-    return {**largest, "rounded weights": rounded, "gathered weights": place.gathered_whole(model)}
+    prepared = _prepared_weights(model, place) if shares else 0
+    return {**largest, "prepared weights": prepared, "gathered weights": place.gathered_whole(model)}
 
 
-def _rounded_weights(model: PreTrainedModel, place: Placement) -> int:
-    """Return the bytes of the copies that decoding steps keep of the weights of linear layers under autocast.
+def _prepared_weights(model: PreTrainedModel, place: Placement) -> int:
+    """Return the bytes of what decoding steps keep of the weights of linear layers, rounded or packed.
 
-    Weights that are gathered come rounded.
+    Under autocast, weights that are gathered come rounded.
     """
-    if place.autocast is None or place.weights > 1:
-        return 0
+    if place.autocast is not None:
+        each = place.autocast.itemsize if place.weights == 1 else 0
+    else:
+        each = 4 if packs_weights(model, "cuda" if place.accelerator else "cpu") else 0
     linear = [part.weight for part in model.modules() if type(part) is nn.Linear]
-    return sum(weight.numel() for weight in linear if weight.dtype == torch.float32) * place.autocast.itemsize
+    return sum(weight.numel() for weight in linear if weight.dtype == torch.float32) * each
 
 
 def _statistics(model: PreTrainedModel, work: Work, place: Placement, vocabulary: Vocabulary) -> dict[str, int]:

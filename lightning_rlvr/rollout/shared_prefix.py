@@ -124,7 +124,7 @@ class SharedPrefixDecoder(Decoder):
         before = config._attn_implementation
         config._attn_implementation = NAME
         try:
-            with self.linears.of(len(token)):
+            with self.linears.context:
                 output = self.model(
                     input_ids=token[:, None],
                     attention_mask=layout.mask,

@@ -17,6 +17,7 @@ from lightning_rlvr.ops.linear_logprob import linear_logprob_loss
 from lightning_rlvr.preflight.memory import Vocabulary, Work, estimate
 from lightning_rlvr.preflight.placement import Placement, placement
 from lightning_rlvr.preflight.trace import LiveBytes
+from lightning_rlvr.rollout import linear
 from lightning_rlvr.rollout.shared_prefix import SharedPrefixDecoder
 from lightning_rlvr.training import RLVRDataModule, RLVRModule
 from lightning_rlvr.types import Sampling, UserError
@@ -118,12 +119,12 @@ def test_rollouts_under_autocast_hold_rounded_weights_and_keys():
         estimate(model, work, Placement(accelerator=True, autocast=dtype), torch.optim.AdamW, False).moments["rollout"]
         for dtype in (None, torch.bfloat16)
     )
-    linear = sum(part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear))
-    assert (wide["rounded weights"], half["rounded weights"]) == (0, 2 * linear)
+    count = sum(part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear))
+    assert (wide["prepared weights"], half["prepared weights"]) == (0, 2 * count)
     assert half["keys and values"] * 2 == wide["keys and values"]
     sharded = Placement(accelerator=True, autocast=torch.bfloat16, world=2, weights=2)
     gathered = estimate(model, work, sharded, torch.optim.AdamW, False).moments["rollout"]
-    assert gathered["rounded weights"] == 0
+    assert gathered["prepared weights"] == 0
     assert gathered["gathered weights"] == 2 * sum(weight.numel() for weight in model.parameters())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         decoder = SharedPrefixDecoder(source.load().model, 8, 16)
@@ -131,7 +132,25 @@ def test_rollouts_under_autocast_hold_rounded_weights_and_keys():
         decoder.step(torch.full((8,), 5))
     held = [x for of in decoder.layers for x in (of.prompt_keys, of.prompt_values, of.own_keys, of.own_values)]
     assert sum(x.nbytes for x in held) == half["keys and values"]
-    assert sum(weight.nbytes for weight in decoder.linears._rounded.weights.values()) == half["rounded weights"]
+    assert sum(weight.nbytes for weight in decoder.linears.context.weights.values()) == half["prepared weights"]
+
+
+def test_rollouts_on_a_cpu_hold_packed_weights(monkeypatch):
+    source = SmallPolicy()
+    model = source.skeleton()
+
+    def said(**place):
+        return estimate(model, small_work(), Placement(**place), torch.optim.AdamW, False).moments["rollout"]
+
+    assert said()["prepared weights"] == 0, "they stay in the cache"
+    monkeypatch.setattr(linear, "LEAST_PACKED", 0)
+    assert said(accelerator=True)["prepared weights"] == 0
+    with torch.no_grad():
+        decoder = SharedPrefixDecoder(source.load().model, 8, 16)
+        decoder.read(torch.full((2, 8), 5), torch.ones(2, 8, dtype=torch.bool), 4)
+        decoder.step(torch.full((8,), 5))
+    held = sum(4 * weight.numel() for weight in decoder.linears.context.weights.values())
+    assert held == said()["prepared weights"] > 0
 
 
 def small_work():

@@ -358,7 +358,7 @@ def test_under_autocast_weights_are_rounded_once_and_the_result_is_the_same(monk
     model = build("llama", dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
         got = generate(model)
-        monkeypatch.setattr(linear.Linears, "of", lambda *args: nullcontext())
+        monkeypatch.setattr(linear, "PreparedOnce", lambda *args: nullcontext())
         monkeypatch.setattr(shared, "_as_multiplied", lambda states: states)
         expected = generate(model)
     assert torch.equal(got.response_ids, expected.response_ids)

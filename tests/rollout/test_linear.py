@@ -1,4 +1,4 @@
-"""A decoding step's linear layers with the weight on the left."""
+"""A decoding step's linear layers with weights that are packed once."""
 
 import pytest
 import torch
@@ -6,55 +6,72 @@ from support import TinyPolicy
 from torch import nn
 
 from lightning_rlvr.rollout import linear as module
-from lightning_rlvr.rollout.linear import from_memory
+from lightning_rlvr.rollout.linear import PreparedOnce, packs_weights
 from lightning_rlvr.rollout.transformers_engine import TransformersEngine
 from lightning_rlvr.types import Sampling
 
 PROMPTS, SEEDS, SAMPLING = [[40, 41, 42], [7], [5, 6, 7, 8]], [1, 2, 3], Sampling(max_new_tokens=8)
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
 
 @pytest.fixture
 def used(monkeypatch):
-    """Lets any model be large enough, and counts the layers that are computed so."""
-    calls, compute = [], module._linear
-    monkeypatch.setattr(module, "CACHED_BYTES", 0)
+    """Lets any model be large enough, and notes the layers whose weights are packed, and each product with them."""
+    packed, calls, pack, compute = [], [], module._packed, module._linear
+    monkeypatch.setattr(module, "LEAST_PACKED", 0)
+    monkeypatch.setattr(module, "_packed", lambda weight: packed.append(weight.shape) or pack(weight))
     monkeypatch.setattr(module, "_linear", lambda *args: calls.append(args[0].shape) or compute(*args))
-    return calls
+    return packed, calls
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(5, 6), (5, 1, 6), (2, 3, 4, 6)])
-def test_a_layer_gives_what_it_gives(shape, bias, used):
-    layer, x = nn.Linear(6, 7, bias=bias), torch.randn(shape)
-    with torch.no_grad(), module._WeightsFirst():
-        got = layer(x)
-    assert len(used) == 1
-    assert got.is_contiguous()
-    torch.testing.assert_close(got, layer(x))
+@pytest.mark.parametrize("shape", [(5, 48), (1, 1, 48), (5, 1, 48), (2, 3, 4, 48), (300, 1, 48)])
+def test_a_layer_gives_what_it_gives(shape, bias):
+    layer, x = nn.Linear(48, 70, bias=bias), torch.randn(shape)
+    with torch.inference_mode(), PreparedOnce(module._packed, module._linear) as mode:
+        got = [layer(x), layer(x)]
+    assert len(mode.weights) == 1
+    for y in got:
+        assert y.is_contiguous()
+        torch.testing.assert_close(y, layer(x), rtol=1e-5, atol=1e-6)
 
 
 def test_rollouts_are_the_same(used, monkeypatch):
+    packed, calls = used
     policy = TinyPolicy().load()
     with torch.no_grad():
         policy.model.lm_head.weight.mul_(15)
     engine = TransformersEngine.of(policy)
     got = engine.generate(PROMPTS, SEEDS, 4, SAMPLING)
-    assert used
-    used.clear()
-    monkeypatch.setattr(module, "CACHED_BYTES", 2**40)
+    assert len(packed) == sum(type(part) is nn.Linear for part in policy.model.modules()) < len(calls)
+    calls.clear()
+    monkeypatch.setattr(module, "LEAST_PACKED", 2**40)
     expected = engine.generate(PROMPTS, SEEDS, 4, SAMPLING)
-    assert not used
+    assert not calls
     assert torch.equal(got.response_ids, expected.response_ids)
     torch.testing.assert_close(got.logp, expected.logp, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.entropy, expected.entropy, rtol=1e-5, atol=1e-5)
 
 
-def test_more_rows_are_left_to_the_layers(used):
+def test_weights_are_packed_anew_for_each_rollout(used):
     policy = TinyPolicy().load()
-    TransformersEngine.of(policy).generate([[40]], [1], 2 * module.ROWS, Sampling(max_new_tokens=2))
-    assert not used
+    engine, greedy = TransformersEngine.of(policy), Sampling(max_new_tokens=8, temperature=0.0)
+    before = engine.generate(PROMPTS, SEEDS, 1, greedy)
+    with torch.no_grad():
+        policy.model.lm_head.weight.neg_()
+    after = engine.generate(PROMPTS, SEEDS, 1, greedy)
+    assert not torch.equal(before.response_ids[:, 1:], after.response_ids[:, 1:])
 
 
 @pytest.mark.parametrize(("dtype", "taken"), [("float32", True), ("float64", False), ("bfloat16", False)])
-def test_only_float32_is_worth_it(dtype, taken, used):
-    assert from_memory(TinyPolicy(dtype=dtype).load().model) is taken
+def test_only_float32_is_packed(dtype, taken, used):
+    assert packs_weights(TinyPolicy(dtype=dtype).load().model, "cpu") is taken
+
+
+def test_weights_that_are_too_many_to_be_held_twice_are_not_packed(used, monkeypatch):
+    model = TinyPolicy().load().model
+    assert not packs_weights(model, "cuda")
+    monkeypatch.setattr(module, "MOST_PACKED", sum(weight.nbytes for weight in model.parameters()))
+    assert packs_weights(model, "cpu")
+    monkeypatch.setattr(module, "MOST_PACKED", module.MOST_PACKED - 1)
+    assert not packs_weights(model, "cpu")
