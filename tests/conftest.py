@@ -30,6 +30,12 @@ def many_vowels() -> Reward:
 
 
 @pytest.fixture
+def lean_however_small(monkeypatch):
+    """Lets layers be lean whatever the size of their input."""
+    monkeypatch.setattr("lightning_rlvr.models.lean.LEAST", 0)
+
+
+@pytest.fixture
 def study(tmp_path):
     """The folder of a small sweep whose numbers are known."""
     write_study(tmp_path / "study")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 Forward = Callable[[Any, Tensor], Tensor]  # of a module and its input
+LEAST = 2**16  # numbers in a layer's input: of fewer, the memory is not worth the calls
 INNER = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -33,11 +34,16 @@ def lean_layers(backbone: nn.Module) -> Iterator[None]:
     modules = [(backbone.get_submodule(name), forward) for name, forward in chosen.items()]
     try:
         for module, forward in modules:
-            vars(module)["forward"] = partial(forward, module)
+            vars(module)["forward"] = partial(_where_it_counts, module, forward)
         yield
     finally:
         for module, _ in modules:
             vars(module).pop("forward", None)
+
+
+def _where_it_counts(module: nn.Module, forward: Forward, x: Tensor) -> Tensor:
+    y: Tensor = forward(module, x) if x.numel() >= LEAST else type(module).forward(module, x)
+    return y
 
 
 def find_lean(backbone: nn.Module) -> dict[str, Forward]:

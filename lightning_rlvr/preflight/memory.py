@@ -128,18 +128,19 @@ def estimate(
     away = offloaded and place.accelerator
     parts = {
         "weights": weights // place.weights,
-        "gradients": trained // place.gradients,
+        "gradients": trained // place.gradients if place.gradients_stay else 0,
         "optimizer": (state + (masters if place.master_bytes else 0)) // place.optimizer,
         "reference": 0 if away else frozen,
         "communication": trained if place.buckets else 0,
         "batch": work.prompts * work.samples * (work.response_tokens * RETURNED_BYTES + work.prompt_tokens * 9),
     }
+    gradients = {} if place.gradients_stay else {"gradients": trained // place.gradients}
     planned = work.prompts * place.world * work.samples * work.response_tokens * PLANNED_BYTES
     moments = {
         "rollout": _rollout(model, work, place, vocabulary),
         "plan": {"statistics of all ranks": planned},
-        "update": _update(model, work, place, vocabulary),
-        "optimizer step": {"temporaries": extra // place.optimizer},
+        "update": {**gradients, **_update(model, work, place, vocabulary)},
+        "optimizer step": {**gradients, "temporaries": extra // place.optimizer},
     }
     if work.recompute:
         moments["statistics"] = _statistics(model, work, place, vocabulary)

@@ -31,6 +31,7 @@ class Placement:
         master_bytes: of a float32 copy of each weight that the optimizer keeps.
         buckets: whether gradients are held twice, to be exchanged.
         in_stages: whether a weight's gradient may come in parts, so that none of them waits for the others.
+        gradients_stay: whether they lie in buffers that are there between updates too.
     """
 
     world: int = 1
@@ -43,6 +44,7 @@ class Placement:
     master_bytes: int = 0
     buckets: bool = False
     in_stages: bool = True
+    gradients_stay: bool = False
 
     @property
     def joined(self) -> bool:
@@ -94,8 +96,8 @@ def _shared(found: Placement, name: str, settings: Mapping[str, Any]) -> Placeme
     if name in ("auto", "single_device", "SingleDeviceStrategy") and world == 1:
         return found
     if name == "auto" or name.startswith("ddp") or name == "DDPStrategy":
-        buckets = world > 1 and not settings.get("gradient_as_bucket_view")
-        return replace(found, buckets=buckets, in_stages=False)
+        view = world > 1 and bool(settings.get("gradient_as_bucket_view"))
+        return replace(found, buckets=world > 1 and not view, in_stages=False, gradients_stay=view)
     if name in ("fsdp2", "FSDP2Strategy", "ModelParallelStrategy"):
         return replace(found, weights=world, gradients=world, optimizer=world)
     if name.startswith("deepspeed") or name == "DeepSpeedStrategy":
@@ -112,6 +114,7 @@ def _shared(found: Placement, name: str, settings: Mapping[str, Any]) -> Placeme
             optimizer=away if "offload" in name or settings.get("offload_optimizer") else world,
             master_bytes=4 if half else 0,
             in_stages=False,
+            gradients_stay=True,
         )
     raise UserError(
         f"strategy must be ddp, fsdp2, ModelParallelStrategy or a deepspeed_stage to be counted, got {name}. "

@@ -59,6 +59,7 @@ def update_policy(module: RLVRModule, record: StepRecord) -> tuple[dict[str, Rat
         losses.add({"grad_norm": Ratio(norm, norm.new_ones(())), "lr": Ratio(rate, rate.new_ones(()))})
         losses.add({"skipped_updates": Ratio(norm.new_tensor(float(not finite)), norm.new_tensor(float(number == 0)))})
         losses.close_step()
+    module.policy.zero_grad()  # the next rollout can use the memory
     # A step's loss is the sum over its micro-batches and over ranks, not their mean.
     sums = losses.metrics
     sums["loss"] = Ratio(sums["loss"].numerator * world_size(), sums["grad_norm"].denominator)

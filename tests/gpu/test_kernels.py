@@ -93,6 +93,7 @@ def test_the_training_pass_meets_what_was_sampled(dtype, autocast, tolerance):
     [(torch.float32, False, 1e-4), (torch.bfloat16, False, 0.1), (torch.float32, True, 0.1)],
     ids=["float32", "bfloat16", "autocast"],
 )
+@pytest.mark.usefixtures("lean_however_small")
 def test_an_update_has_the_gradient_of_a_cpu_in_float64(dtype, autocast, tolerance):
     """Prompts once, lean layers, the head in one pass, each pass's gradients at once."""
 

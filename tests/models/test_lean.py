@@ -8,12 +8,13 @@ import torch
 from packed import batch, built, distance, gpt2, gradients
 from support import TinyPolicy
 
-from lightning_rlvr.models import LoRA, finish_model
+from lightning_rlvr.models import LoRA, finish_model, lean
 from lightning_rlvr.models.forward import response_logp
 from lightning_rlvr.models.lean import find_lean, gated_mlp, lean_layers, rms_norm
 from lightning_rlvr.models.packing import run_backbone
 from lightning_rlvr.preflight.trace import LiveBytes
 
+pytestmark = pytest.mark.usefixtures("lean_however_small")
 BLOCK = {"mlp": gated_mlp, "input_layernorm": rms_norm, "post_attention_layernorm": rms_norm}
 MLP = {"mlp": gated_mlp}
 NORMS = {"self_attn.q_norm": rms_norm, "self_attn.k_norm": rms_norm}
@@ -61,8 +62,8 @@ def inputs(*shape):
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_pytorch_tanh", "relu2"])
 def test_a_gated_mlp_is_its_own_to_the_bit(dtype, autocast, act):
     module = built("Llama", hidden_act=act).model.layers[0].mlp.to(dtype)
-    (y, wanted), (lean, got) = both(module, gated_mlp, inputs(2, 5, 32).to(dtype), autocast)
-    assert torch.equal(lean, y)
+    (y, wanted), (y_lean, got) = both(module, gated_mlp, inputs(2, 5, 32).to(dtype), autocast)
+    assert torch.equal(y_lean, y)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
@@ -72,8 +73,8 @@ def test_a_norm_has_the_gradient_of_its_definition(shape, autocast):
     module = llama().model.norm
     torch.nn.init.normal_(module.weight)
     x = inputs(*shape)
-    (y, own), (lean, got) = both(module, rms_norm, x, autocast)
-    assert torch.equal(lean, y)
+    (y, own), (y_lean, got) = both(module, rms_norm, x, autocast)
+    assert torch.equal(y_lean, y)
     start, weight = x.double().requires_grad_(), module.weight.detach().double().requires_grad_()
     exact = weight * start / (start.square().mean(-1, keepdim=True) + module.variance_epsilon).sqrt()
     pull = torch.randn(shape, generator=torch.Generator().manual_seed(1)).double()
@@ -89,16 +90,16 @@ def test_a_narrow_norm_is_as_near_to_its_definition_as_its_own():
     weight = module.weight.detach().bfloat16()
     module.weight.data.copy_(weight)
     _, wanted = both(module, rms_norm, x.bfloat16().float())[0]
-    (y, own), (lean, got) = both(module.bfloat16(), rms_norm, x.bfloat16())
-    assert torch.equal(lean, y)
+    (y, own), (y_lean, got) = both(module.bfloat16(), rms_norm, x.bfloat16())
+    assert torch.equal(y_lean, y)
     for a, b, c in zip(got, own, wanted, strict=True):
         assert a.dtype == b.dtype
         assert (a - c).norm() <= 1.05 * (b - c).norm() < 0.02 * c.norm()
 
 
 def test_a_wide_norm_is_its_own_to_the_bit():
-    (y, wanted), (lean, got) = both(llama().double().model.norm, rms_norm, inputs(5, 32).double())
-    assert torch.equal(lean, y)
+    (y, wanted), (y_lean, got) = both(llama().double().model.norm, rms_norm, inputs(5, 32).double())
+    assert torch.equal(y_lean, y)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
@@ -114,9 +115,9 @@ def activations(backbone):
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 0.68), (torch.bfloat16, 0.6)])
 def test_less_is_kept(dtype, share, monkeypatch):
     backbone = built("Llama", intermediate_size=128).to(dtype).get_decoder()
-    lean = activations(backbone)
+    kept = activations(backbone)
     monkeypatch.setattr("lightning_rlvr.models.lean.find_lean", lambda backbone: {})
-    assert lean < share * activations(backbone)
+    assert kept < share * activations(backbone)
 
 
 def test_what_is_kept_goes_with_the_backward_pass():
@@ -159,6 +160,17 @@ def test_layers_are_lean_within_a_pass_only():
     assert not patched(backbone)
     with torch.no_grad(), lean_layers(backbone):
         assert not patched(backbone)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_small_inputs_are_left_to_the_layers(missing, monkeypatch):
+    backbone, ids = llama().get_decoder(), torch.arange(2, 22)[None]
+    find_lean(backbone)
+    taken, apply = [], lean._RMSNorm.apply
+    monkeypatch.setattr(lean._RMSNorm, "apply", lambda *args: taken.append(1) or apply(*args))
+    monkeypatch.setattr(lean, "LEAST", 32 * ids.numel() + missing)
+    run_backbone(backbone, ids, torch.ones_like(ids).bool()).sum().backward()
+    assert len(taken) == (0 if missing else 5)
 
 
 def test_recomputed_layers_keep_nothing_of_their_own():

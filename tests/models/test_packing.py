@@ -22,6 +22,7 @@ from lightning_rlvr.models.forward import (
 from lightning_rlvr.models.packing import COPIED, distinct_prompts, parts_of, passes
 from lightning_rlvr.preflight.trace import LiveBytes
 
+pytestmark = pytest.mark.usefixtures("lean_however_small")
 MODELS = {
     "qwen3": lambda: TinyPolicy().load().model,
     "llama, grouped queries": lambda: built("Llama", tie_word_embeddings=False),

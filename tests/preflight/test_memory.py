@@ -176,6 +176,16 @@ def test_a_reference_that_is_kept_off_a_gpu_is_there_for_its_pass():
     )
 
 
+def test_gradients_are_there_in_updates_only_but_for_those_in_buffers():
+    model = SmallPolicy().skeleton()
+    weights = sum(p.nbytes for p in model.parameters())
+    freed, stay = (
+        estimate(model, small_work(), Placement(gradients_stay=stay), torch.optim.AdamW, True) for stay in (False, True)
+    )
+    less = {name: stay.totals[name] - freed.totals[name] for name in stay.totals}
+    assert less == {"rollout": weights, "plan": weights, "update": 0, "optimizer step": 0}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_deepspeeds_optimizer_steps_float32_weights(dtype):
     model = SmallPolicy().skeleton().to(dtype)
@@ -191,7 +201,7 @@ def test_a_strategy_shares_out_what_it_shards():
     assert (ddp.world, ddp.weights, ddp.optimizer, ddp.buckets) == (4, 1, 1, True)
     assert (fsdp.weights, fsdp.gradients, fsdp.optimizer, fsdp.joined) == (4, 4, 4, True)
     view = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"gradient_as_bucket_view": True}}
-    assert placement({**four, "strategy": view}, False) == replace(ddp, buckets=False)
+    assert placement({**four, "strategy": view}, False) == replace(ddp, buckets=False, gradients_stay=True)
     two, three = (placement({**four, "strategy": f"deepspeed_stage_{stage}"}, False) for stage in (2, 3))
     assert (two.weights, two.gradients, two.optimizer, two.master_bytes) == (1, 4, 4, 4)
     assert (three.weights, three.dtype, three.autocast) == (4, torch.bfloat16, None)

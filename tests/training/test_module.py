@@ -14,6 +14,7 @@ from lightning_rlvr.models import LoRA
 from lightning_rlvr.objectives import GRPO
 from lightning_rlvr.training import RLVRDataModule, RLVRModule, Trainer
 from lightning_rlvr.training.callbacks import StageBoundary
+from lightning_rlvr.training.parallel import Parallel
 from lightning_rlvr.types import Sampling, UserError
 
 
@@ -138,13 +139,21 @@ def test_rows_that_teach_nothing_are_skipped_and_counted(tmp_path, monkeypatch):
         assert a == pytest.approx(b, abs=1e-9), name
 
 
-def test_a_rollout_batch_that_teaches_nothing_leaves_a_gradient_of_zero(tmp_path):
+def test_a_rollout_batch_that_teaches_nothing_has_a_gradient_of_zero(tmp_path, monkeypatch):
     class Same(ManyVowels):
         def _judge(self, text):
             return super()._judge("")
 
+    found, norm = [], Parallel.norm
+    monkeypatch.setattr(Parallel, "norm", lambda self: found.extend(of_policy(self)) or norm(self))
+
+    def of_policy(parallel):
+        return [p.grad is not None and not p.grad.any() for p in parallel.module.policy.parameters()]
+
     module, trainer = train(tmp_path, objective=GRPO(), updates=1, reward=Same())
-    assert all(p.grad is not None and not p.grad.any() for p in module.policy.parameters())
+    assert found
+    assert all(found)
+    assert all(p.grad is None for p in module.policy.parameters()), "the next rollout has the memory"
     assert float(trainer.logged_metrics["train/skipped_rows"]) == pytest.approx(23 / 24)  # the gradient is of one row
 
 
