@@ -32,6 +32,7 @@ def lean_layers(backbone: nn.Module) -> Iterator[None]:
     recomputed = any(getattr(part, "gradient_checkpointing", False) for part in backbone.modules())
     chosen = find_lean(backbone) if torch.is_grad_enabled() and not recomputed else {}
     modules = [(backbone.get_submodule(name), forward) for name, forward in chosen.items()]
+    modules = [(module, forward) for module, forward in modules if "forward" not in vars(module)]  # another's stays
     try:
         for module, forward in modules:
             vars(module)["forward"] = partial(_where_it_counts, module, forward)
@@ -52,7 +53,7 @@ def find_lean(backbone: nn.Module) -> dict[str, Forward]:
         _FOUND[backbone] = {
             name: forward
             for name, part in backbone.named_modules()
-            if (forward := _like(part)) and "forward" not in vars(part) and _same(part, forward)
+            if (forward := _like(part)) and _same(part, forward)
         }
     return _FOUND[backbone]
 
