@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
+from lightning_rlvr.models.lean import recomputes
 from lightning_rlvr.models.packing import States, joined_states, packed_states, parts_of
 from lightning_rlvr.ops.kl import kl_full
 from lightning_rlvr.ops.linear_logprob import linear_logprob, linear_logprob_loss
@@ -142,7 +143,7 @@ def sharded(model: nn.Module) -> bool:
 
 def joins(model: PreTrainedModel) -> bool:
     """Whether each prompt is computed with each of its responses: a cache cannot outlive its layer's pass."""
-    return sharded(model) or any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+    return sharded(model) or recomputes(model)
 
 
 def _partitioned(model: nn.Module) -> bool:

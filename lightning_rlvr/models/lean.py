@@ -29,8 +29,7 @@ def lean_layers(backbone: nn.Module) -> Iterator[None]:
 
     Where layers are recomputed none is: what they keep would live as long as without.
     """
-    recomputed = any(getattr(part, "gradient_checkpointing", False) for part in backbone.modules())
-    chosen = find_lean(backbone) if torch.is_grad_enabled() and not recomputed else {}
+    chosen = find_lean(backbone) if torch.is_grad_enabled() and not recomputes(backbone) else {}
     modules = [(backbone.get_submodule(name), forward) for name, forward in chosen.items()]
     modules = [(module, forward) for module, forward in modules if "forward" not in vars(module)]  # another's stays
     try:
@@ -40,6 +39,11 @@ def lean_layers(backbone: nn.Module) -> Iterator[None]:
     finally:
         for module, _ in modules:
             vars(module).pop("forward", None)
+
+
+def recomputes(model: nn.Module) -> bool:
+    """Whether layers are computed again in the backward pass."""
+    return any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
 
 
 def _where_it_counts(module: nn.Module, forward: Forward, x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from lightning_rlvr.rollout import decode_attention
 from lightning_rlvr.rollout.decode_attention import Seen
 from lightning_rlvr.rollout.decoder import Decoder, read_prompts
 from lightning_rlvr.rollout.graphs import Graphs, rows_for
-from lightning_rlvr.rollout.linear import Linears
+from lightning_rlvr.rollout.linear import linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +57,7 @@ class SharedPrefixDecoder(Decoder):
     def __init__(self, model: PreTrainedModel, rows: int, limit: int) -> None:
         self.model, self.rows, self.limit = model, rows, limit
         self.layout = Layout(model.device)
-        self.linears = Linears(model)
+        self.linears = linears(model)
         self.graphs: Graphs | None = None
         self.plain = False  # as far as is known
         self.layers: list[SharedPrefixLayer] = []
@@ -124,7 +124,7 @@ class SharedPrefixDecoder(Decoder):
         before = config._attn_implementation
         config._attn_implementation = NAME
         try:
-            with self.linears.context:
+            with self.linears:
                 output = self.model(
                     input_ids=token[:, None],
                     attention_mask=layout.mask,

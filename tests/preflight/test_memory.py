@@ -132,7 +132,7 @@ def test_rollouts_under_autocast_hold_rounded_weights_and_keys():
         decoder.step(torch.full((8,), 5))
     held = [x for of in decoder.layers for x in (of.prompt_keys, of.prompt_values, of.own_keys, of.own_values)]
     assert sum(x.nbytes for x in held) == half["keys and values"]
-    assert sum(weight.nbytes for weight in decoder.linears.context.weights.values()) == half["prepared weights"]
+    assert sum(weight.nbytes for weight in decoder.linears.weights.values()) == half["prepared weights"]
 
 
 def test_rollouts_on_a_cpu_hold_packed_weights(monkeypatch):
@@ -149,7 +149,7 @@ def test_rollouts_on_a_cpu_hold_packed_weights(monkeypatch):
         decoder = SharedPrefixDecoder(source.load().model, 8, 16)
         decoder.read(torch.full((2, 8), 5), torch.ones(2, 8, dtype=torch.bool), 4)
         decoder.step(torch.full((8,), 5))
-    held = sum(4 * weight.numel() for weight in decoder.linears.context.weights.values())
+    held = sum(4 * weight.numel() for weight in decoder.linears.weights.values())
     assert held == said()["prepared weights"] > 0
 
 
