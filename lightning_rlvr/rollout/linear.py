@@ -14,23 +14,22 @@ from torch.overrides import TorchFunctionMode
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Bytes of all weights. Fewer stay in the cache, where a layer's own product is as fast; more are not held twice.
-LEAST_PACKED, MOST_PACKED = 64 * 2**20, 2 * 2**30
+MOST_PACKED = 2 * 2**30  # bytes of all weights: more are not held twice
 LIKELY_ROWS = 32  # of a step, which oneDNN is told of
 
 
 def packs_weights(model: PreTrainedModel, device: str) -> bool:
     """Whether rollouts of a model on a type of device hold its weights a second time, as oneDNN likes them best."""
     here = device == "cpu" and model.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    return here and LEAST_PACKED < sum(weight.nbytes for weight in model.parameters()) <= MOST_PACKED
+    return here and sum(weight.nbytes for weight in model.parameters()) <= MOST_PACKED
 
 
 def linears(model: PreTrainedModel) -> AbstractContextManager[Any]:
     """Return the context of decoding steps, for as long as no weight of the model changes.
 
-    On a CPU, float32 weights that come from memory (see `packs_weights`) are packed once, instead of rearranged by
-    BLAS at every step. The layers of SmolLM2-135M are 1.25 (256 rows) to 2 times (8 rows) as fast on two cores (AMD
-    EPYC, AVX-512), its rollouts 1.3 times. The result differs by rounding.
+    On a CPU, float32 weights (see `packs_weights`) are packed once, instead of rearranged by BLAS at every step. The
+    layers of SmolLM2-135M are 1.25 (256 rows) to 2 times (8 rows) as fast on two cores (AMD EPYC, AVX-512), those of
+    W1 in benchmarks/ 1.1 to 1.5 times at 64 rows and more. The result differs by rounding.
 
     Under autocast each weight is rounded once and kept, instead of at every step: to read it in float32 and write it
     in bfloat16 takes four times as long as to multiply with it. The result is the same.
@@ -39,7 +38,7 @@ def linears(model: PreTrainedModel) -> AbstractContextManager[Any]:
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         return PreparedOnce(lambda weight: weight.to(dtype), linear)
-    return PreparedOnce(_packed, _linear) if packs_weights(model, kind) else nullcontext()
+    return PreparedOnce(packed, multiplied) if packs_weights(model, kind) else nullcontext()
 
 
 class PreparedOnce(TorchFunctionMode):
@@ -65,11 +64,13 @@ class PreparedOnce(TorchFunctionMode):
         return self.multiply(args[0], self.weights[id(weight)], *args[2:])
 
 
-def _packed(weight: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, LIKELY_ROWS)
-    return packed
+def packed(weight: Tensor) -> Tensor:
+    """Return a weight as `multiplied` takes it."""
+    ready: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, LIKELY_ROWS)
+    return ready
 
 
-def _linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def multiplied(x: Tensor, ready: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return what a linear layer makes of x."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, ready, bias, "none", [], "")
     return y

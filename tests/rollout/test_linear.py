@@ -7,6 +7,7 @@ from torch import nn
 
 from lightning_rlvr.rollout import linear as module
 from lightning_rlvr.rollout.linear import PreparedOnce, packs_weights
+from lightning_rlvr.rollout.llama_step import LlamaStep
 from lightning_rlvr.rollout.transformers_engine import TransformersEngine
 from lightning_rlvr.types import Sampling
 
@@ -16,11 +17,11 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 @pytest.fixture
 def used(monkeypatch):
-    """Lets any model be large enough, and notes the layers whose weights are packed, and each product with them."""
-    packed, calls, pack, compute = [], [], module._packed, module._linear
-    monkeypatch.setattr(module, "LEAST_PACKED", 0)
-    monkeypatch.setattr(module, "_packed", lambda weight: packed.append(weight.shape) or pack(weight))
-    monkeypatch.setattr(module, "_linear", lambda *args: calls.append(args[0].shape) or compute(*args))
+    """Notes the layers whose weights are packed, and each product with them."""
+    packed, calls, pack, compute = [], [], module.packed, module.multiplied
+    monkeypatch.setattr(module, "packed", lambda weight: packed.append(weight.shape) or pack(weight))
+    monkeypatch.setattr(module, "multiplied", lambda *args: calls.append(args[0].shape) or compute(*args))
+    monkeypatch.setattr(LlamaStep, "supports", lambda model: False)
     return packed, calls
 
 
@@ -28,7 +29,7 @@ def used(monkeypatch):
 @pytest.mark.parametrize("shape", [(5, 48), (1, 1, 48), (5, 1, 48), (2, 3, 4, 48), (300, 1, 48)])
 def test_a_layer_gives_what_it_gives(shape, bias):
     layer, x = nn.Linear(48, 70, bias=bias), torch.randn(shape)
-    with torch.inference_mode(), PreparedOnce(module._packed, module._linear) as mode:
+    with torch.inference_mode(), PreparedOnce(module.packed, module.multiplied) as mode:
         got = [layer(x), layer(x)]
     assert len(mode.weights) == 1
     for y in got:
@@ -45,7 +46,7 @@ def test_rollouts_are_the_same(used, monkeypatch):
     got = engine.generate(PROMPTS, SEEDS, 4, SAMPLING)
     assert len(packed) == sum(type(part) is nn.Linear for part in policy.model.modules()) < len(calls)
     calls.clear()
-    monkeypatch.setattr(module, "LEAST_PACKED", 2**40)
+    monkeypatch.setattr(module, "MOST_PACKED", 0)
     expected = engine.generate(PROMPTS, SEEDS, 4, SAMPLING)
     assert not calls
     assert torch.equal(got.response_ids, expected.response_ids)
