@@ -1,10 +1,12 @@
 """The training pass: log-probabilities of given responses under a model, and losses of them.
 
-Three ways lead to the same values. The packed one computes what counts: each prompt once for all its responses, little
-padding, and the vocabulary of counted tokens only, chunk by chunk. It takes a model whose logits are a linear layer of
-its backbone's last hidden states, and whose responses can go on from a prompt's cache. The joined one differs in that
-a prompt is computed for every response: with sharded weights or recomputed activations there can be no cache. The
-plain one takes any model and holds the logits of all response positions; the exact KL over the vocabulary needs them.
+Four ways lead to the same values. The flat one computes what counts: each prompt once for all its responses, and the
+vocabulary of counted tokens only, chunk by chunk. It takes a model whose logits are a linear layer of its backbone's
+last hidden states, and whose attention can be replaced. The packed one does the same for other attention, if responses
+can go on from a prompt's cache, in several passes and with little padding. In the joined one a prompt is computed for
+every response: with sharded weights or recomputed activations there can be no cache, and attention is the model's own
+in the backward pass too. The plain one takes any model and holds the logits of all response positions; the exact KL
+over the vocabulary needs them.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
+from lightning_rlvr.models.attention import attends_plainly
 from lightning_rlvr.models.lean import recomputes
 from lightning_rlvr.models.packing import States, joined_states, packed_states, parts_of
 from lightning_rlvr.ops.kl import kl_full
@@ -152,7 +155,7 @@ def _partitioned(model: nn.Module) -> bool:
 
 
 def packs(model: PreTrainedModel) -> bool:
-    """Whether the packed or joined way gives what the plain way gives: found out once for a model, on a few tokens."""
+    """Whether another way gives what the plain way gives: found out once for a model, on a few tokens."""
     if model not in _PACKS:
         reason = _probe(model)
         _PACKS[model] = reason is None
@@ -170,7 +173,7 @@ _PACKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what probes 
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> str | None:
-    """Compare both ways on two prompts with two responses each; return why the packed one is not to be taken."""
+    """Compare the ways on two prompts with two responses each; return why only the plain one is to be taken."""
     if _partitioned(model):  # a look at the head's weight would gather it for the rest of the run
         return "ZeRO stage 3 holds its weights in parts"
     head, backbone = model.get_output_embeddings(), model.get_decoder()
@@ -189,6 +192,20 @@ def _probe(model: PreTrainedModel) -> str | None:
         entropy=none,
         truncated=none[:, 0].bool(),
     )
+    if attends_plainly(model) and not joins(model):
+        _FLAT.add(model)
+        if _difference(model, batch) is None:
+            return None
+        _FLAT.remove(model)
+    return _difference(model, batch)
+
+
+_FLAT: WeakSet[nn.Module] = WeakSet()  # those that take the flat way
+
+
+def _difference(model: PreTrainedModel, batch: Rollouts) -> str | None:
+    """Compare the packed way with the plain one; return how they differ, if they do."""
+    backbone = model.get_decoder()
     tolerance = PROBE_TOLERANCE.get(model.dtype, PROBE_TOLERANCE_WIDE)
     for scale in PROBE_SCALES:
         hook = backbone.register_forward_hook(partial(_scale_states, scale))
@@ -233,7 +250,13 @@ def _packed(model: PreTrainedModel, rollouts: Rollouts, temperature: float, with
 
 def _states(model: PreTrainedModel, rollouts: Rollouts, in_stages: bool = False) -> States:
     backbone = model.get_decoder()
-    return joined_states(backbone, rollouts) if joins(model) else packed_states(backbone, rollouts, in_stages)
+    if joins(model):
+        return joined_states(backbone, rollouts)
+    if model in _FLAT:
+        from lightning_rlvr.models.flat import flat_states
+
+        return flat_states(backbone, rollouts)
+    return packed_states(backbone, rollouts, in_stages)
 
 
 def _within(model: nn.Module, compute: Callable[[], T]) -> T:

@@ -124,7 +124,7 @@ def linear_logprob_loss(
                     head.fill(part)
                 local = slice(part.start - tokens.start, part.stop - tokens.start)
                 sums.add(part, head.gradient(part, values, pull.part(local)))
-    return _Ready.apply(total, sums.gradients, *inputs) if any(needed) else total, values
+    return _Ready.apply(total, sums.gradients(), *inputs) if any(needed) else total, values
 
 
 def _groups(counts: Sequence[int], most: int) -> Iterator[tuple[slice, slice]]:
@@ -228,21 +228,32 @@ class _Sums:
 
     def __init__(self, head: _Head, needed: Sequence[bool]) -> None:
         self.head = head
-        self.gradients = [
-            torch.zeros(x.shape, dtype=head.dtype, device=x.device) if x is not None and need else None
+        self._begun = False
+        self._gradients = [
+            torch.empty(x.shape, dtype=head.dtype, device=x.device) if x is not None and need else None
             for x, need in zip((head.hidden, head.weight, head.bias), needed, strict=True)
         ]
+        if self._gradients[0] is not None:
+            self._gradients[0].zero_()  # tokens that the loss does not depend on are never added
 
     def add(self, part: slice, gradient: Tensor) -> None:
         """Add what the gradient of a chunk's logits means for the inputs."""
-        hidden, weight, bias = self.gradients
+        hidden, weight, bias = self._gradients
         factor = gradient.to(self.head.matrix.dtype)
         if hidden is not None:
             _add_product(hidden[part], factor, self.head.matrix, keep=False)
         if weight is not None:
-            _add_product(weight, factor.t(), self.head.factor(self.head.hidden[part]))
+            _add_product(weight, factor.t(), self.head.factor(self.head.hidden[part]), keep=self._begun)
         if bias is not None:
-            bias += gradient.sum(dim=0)
+            torch.add(bias if self._begun else 0, gradient.sum(dim=0), out=bias)
+        self._begun = True
+
+    def gradients(self) -> list[Tensor | None]:
+        """Return the sums."""
+        for x in self._gradients:
+            if x is not None and not self._begun:
+                x.zero_()
+        return self._gradients
 
 
 def _cut(start: int, stop: int, size: int) -> list[slice]:
@@ -293,7 +304,7 @@ class _Recomputed(torch.autograd.Function):
             sums.add(part, head.gradient(part, HeadValues(*values), pull.part(part)))
         gradients = (
             None if x is None else x.to(like.dtype)
-            for x, like in zip(sums.gradients, (hidden, weight, bias), strict=True)
+            for x, like in zip(sums.gradients(), (hidden, weight, bias), strict=True)
         )
         return *gradients, None, None, None, None, None
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lightning_rlvr.models.attention import attends_plainly
 from lightning_rlvr.models.forward import joins
 from lightning_rlvr.models.lora import adapted
 from lightning_rlvr.models.packing import parts_of
 from lightning_rlvr.ops.linear_logprob import ACCELERATOR_BYTES, CPU_BYTES
 from lightning_rlvr.preflight.trace import optimizer_step, prompt_pass, update_pass
 from lightning_rlvr.rollout.linear import packs_weights
-from lightning_rlvr.rollout.shared_prefix import SharedPrefixDecoder
 from lightning_rlvr.types import Rollouts
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class Vocabulary:
 def _rollout(model: PreTrainedModel, work: Work, place: Placement, vocabulary: Vocabulary) -> dict[str, int]:
     """Keys and values of prompts and responses, or what it takes to read the prompts, in training or validation."""
     found: list[dict[str, int]] = []
-    shares = SharedPrefixDecoder.supports(model)
+    shares = attends_plainly(model)
     for prompts, samples, tokens in (
         (work.prompts, work.samples, work.response_tokens),
         (work.eval_prompts, work.eval_samples, work.eval_tokens),

@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from lightning_rlvr.models.attention import attends_plainly
+from lightning_rlvr.models.flat import Layout, flat_pass
 from lightning_rlvr.models.lean import find_lean
 from lightning_rlvr.models.packing import PromptStates, keys_as_they_are, run_backbone
 from lightning_rlvr.rollout.decoder import read_prompts
@@ -133,6 +135,10 @@ def update_pass(
             if joined:
                 ids = torch.zeros(rows, prompt + response - 1, dtype=torch.long)
                 hidden = run_backbone(backbone, ids, torch.ones_like(ids, dtype=torch.bool))
+            elif attends_plainly(model):
+                whose = [row % prompts for row in range(rows)]
+                layout = Layout([prompt] * prompts, [response] * rows, whose, torch.device("cpu"))
+                hidden = flat_pass(backbone, torch.zeros(len(layout.position), dtype=torch.long), layout)
             else:
                 ids = torch.zeros(prompts, prompt, dtype=torch.long)
                 read = PromptStates(backbone, ids, torch.ones_like(ids, dtype=torch.bool), place.in_stages)

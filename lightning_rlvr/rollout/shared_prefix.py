@@ -21,9 +21,10 @@ from weakref import WeakSet
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
+from lightning_rlvr.models.attention import NotPlainError, beyond_softmax
 from lightning_rlvr.models.memory import out_of_memory
 from lightning_rlvr.rollout import decode_attention
 from lightning_rlvr.rollout.decode_attention import Seen
@@ -40,15 +41,10 @@ LAYER = "shared_prefix_layer"  # attribute of the keys and values that a layer h
 NEVER = 1 << 30  # the step in which a row begins that stands for none
 COLUMNS = 16  # of a response at first
 AGREES = 1e-4  # of the greatest logit: differences of rounding are 100 times less
-BEYOND_SOFTMAX = ("position_bias", "sliding_window", "softcap", "s_aux", "cache")
-
-
-class NotPlainError(Exception):
-    """The model's attention is not softmax(query @ keys) @ values over all that it has seen."""
 
 
 class SharedPrefixDecoder(Decoder):
-    """For models that have `supports`. The longest prompts must be read first.
+    """For models that `attends_plainly` takes. The longest prompts must be read first.
 
     Args:
         model: in evaluation mode.
@@ -68,17 +64,6 @@ class SharedPrefixDecoder(Decoder):
         self.linears: AbstractContextManager[Any] = nullcontext()
         self.plain = False  # as far as is known
         self.layers: list[SharedPrefixLayer] = []
-
-    @staticmethod
-    def supports(model: PreTrainedModel) -> bool:
-        """Say whether the model lets its attention be replaced and caches all keys of all layers, by its config."""
-        config = model.config
-        return (
-            bool(getattr(model, "_supports_attention_backend", False))
-            and config._attn_implementation == "sdpa"
-            and not config.sub_configs
-            and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-        )
 
     def read(self, ids: Int[Tensor, "B P"], mask: Bool[Tensor, "B P"], samples: int) -> Float[Tensor, "B V"]:
         """Append rows, for which there must be room."""
@@ -455,7 +440,7 @@ def _attend(
     layer: Any = getattr(key, LAYER, None)
     of_values: Any = getattr(value, LAYER, None)
     untouched = layer is not None and layer is of_values and attention_mask is layer.layout.mask
-    if not untouched or any(kwargs.get(name) is not None for name in BEYOND_SOFTMAX):
+    if not untouched or beyond_softmax(kwargs):
         raise NotPlainError(type(module).__name__)
     return layer.attend(query, query.shape[-1] ** -0.5 if scaling is None else scaling), None
 

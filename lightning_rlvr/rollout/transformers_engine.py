@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_rlvr.models.attention import NotPlainError, attends_plainly
 from lightning_rlvr.models.memory import in_smaller_parts
 from lightning_rlvr.rollout.decoder import Decoder, DynamicDecoder, check_states
 from lightning_rlvr.rollout.sampling import draw, uniforms
@@ -84,10 +85,10 @@ class TransformersEngine(Engine):
         return batch
 
     def _decode(self, batch: _Batch, max_rows: int) -> None:
-        from lightning_rlvr.rollout.shared_prefix import NotPlainError, SharedPrefixDecoder
+        from lightning_rlvr.rollout.shared_prefix import SharedPrefixDecoder
 
         groups = min(len(batch.prompt_ids), max(1, max_rows // batch.samples))
-        if SharedPrefixDecoder.supports(self.model):
+        if attends_plainly(self.model):
             rows = groups * batch.samples
             try:
                 self._run(SharedPrefixDecoder(self.model, rows, batch.sampling.max_new_tokens), batch, groups)

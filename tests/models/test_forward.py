@@ -205,4 +205,5 @@ def test_columns_of_padding_are_not_computed(model, reference, plain):
     )
     response_logp(model, rollouts(20, 30), 1.0, reference=reference if plain else None)
     handle.remove()
-    assert shapes == ([(4, 6 + 5)] if plain else [(4, 6), (4, 5 - 1)])  # the last token predicts none
+    tokens = sum(prompt + response - 1 for prompt, response in LENGTHS)  # the last token predicts none
+    assert shapes == [(4, 6 + 5) if plain else (1, tokens)]

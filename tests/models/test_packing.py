@@ -1,4 +1,4 @@
-"""The packed way against the plain one: the same values and gradients, computed once and without padding."""
+"""The flat and the packed way against the plain one: the same values and gradients, computed once."""
 
 import os
 import warnings
@@ -9,7 +9,7 @@ import torch
 from packed import ROWS, batch, built, distance, gpt2, gradients
 from support import TinyPolicy, exact
 
-from lightning_rlvr.models import finish_model, packing
+from lightning_rlvr.models import finish_model, flat, forward, packing
 from lightning_rlvr.models.forward import (
     _plain,
     batch_logp,
@@ -33,6 +33,12 @@ MODELS = {
 }
 
 
+@pytest.fixture
+def packed_only(monkeypatch):
+    """Lets no model take the flat way."""
+    monkeypatch.setattr(forward, "attends_plainly", lambda model: False)
+
+
 @pytest.fixture(params=MODELS)
 def model(request):
     return MODELS[request.param]()
@@ -45,17 +51,29 @@ def objective(values, weight):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bound", "recompute"),
-    [(torch.float64, 1e-10, False), (torch.float32, 1e-5, False), (torch.float64, 1e-10, True)],
+    ("dtype", "bound", "way"),
+    [
+        (torch.float64, 1e-10, "flat"),
+        (torch.float32, 1e-5, "flat"),
+        (torch.float64, 1e-10, "packed"),
+        (torch.float32, 1e-5, "packed"),
+        (torch.float64, 1e-10, "joined"),
+    ],
 )
-def test_values_and_gradients_equal_those_of_the_plain_way(model, dtype, bound, recompute, monkeypatch):
+def test_values_and_gradients_equal_those_of_the_plain_way(model, dtype, bound, way, monkeypatch):
     monkeypatch.setattr(packing, "CPU_PADDING", 3)  # several passes
+    monkeypatch.setattr(flat, "CPU_PADDING", 3)  # several calls of attention
+    if way == "packed":
+        monkeypatch.setattr(forward, "attends_plainly", lambda model: False)
+    recompute = way == "joined"
     model = exact(model.to(dtype))
     if recompute:
         finish_model(model).gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
     assert joins(model) == recompute
     assert packs(model)
+    windowed = getattr(model.config, "sliding_window", None) is not None
+    assert (model in forward._FLAT) == (way == "flat" and not windowed)
     rollouts = batch()
     weight = torch.randn(rollouts.mask.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
     plain = _plain(model, rollouts, 0.7, True)
@@ -84,13 +102,24 @@ def test_values_and_gradients_equal_those_of_the_plain_way(model, dtype, bound, 
         assert not alone.logp.requires_grad
 
 
-def test_a_prompt_is_computed_once_for_its_responses_and_no_token_without_need():
+def tokens_of_passes(rollouts):
     model, seen = TinyPolicy().load().model, []
-    rollouts = batch()
     packs(model)
     hook = model.model.embed_tokens.register_forward_hook(lambda _, args, out: seen.append(args[0].numel()))
     response_logp(model, rollouts, 1.0)
     hook.remove()
+    return seen
+
+
+def test_all_tokens_that_count_are_computed_once_in_one_pass():
+    inputs = sum(max(0, response - 1) for _, _, response in ROWS)
+    assert tokens_of_passes(batch()) == [3 + 7 + 1 + 5 + inputs]
+
+
+@pytest.mark.usefixtures("packed_only")
+def test_a_prompt_is_computed_once_for_its_responses_and_no_token_without_need():
+    rollouts = batch()
+    seen = tokens_of_passes(rollouts)
     prompts, inputs = 4 * 7, int((rollouts.mask.sum(1) - 1).clamp(min=0).sum())
     assert seen[0] == prompts
     assert inputs <= sum(seen[1:]) <= inputs + packing.CPU_PADDING
@@ -107,8 +136,10 @@ def test_attention_takes_keys_without_copies_for_each_query_head(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
     monkeypatch.setenv(packing.GROUPED, "0")
     model = MODELS["llama, grouped queries"]()
-    packing.packed_states(model.get_decoder(), batch())
-    assert set(heads) == {(4, 2, 2)}
+    for states_of in (packing.packed_states, flat.flat_states):
+        heads.clear()
+        states_of(model.get_decoder(), batch())
+        assert set(heads) == {(4, 2, 2)}
     assert os.environ[packing.GROUPED] == "0"
     monkeypatch.delenv(packing.GROUPED)
     packing.packed_states(model.get_decoder(), batch())
@@ -116,11 +147,36 @@ def test_attention_takes_keys_without_copies_for_each_query_head(monkeypatch):
 
 
 @pytest.mark.parametrize("filler", [0, 98])
-def test_what_stands_in_padding_does_not_matter(filler):
+@pytest.mark.parametrize("way", ["flat", "packed"])
+def test_what_stands_in_padding_does_not_matter(filler, way, monkeypatch):
+    if way == "packed":
+        monkeypatch.setattr(forward, "attends_plainly", lambda model: False)
     model = TinyPolicy().load().model
     a, b = (response_logp(model, r, 1.0, True) for r in (batch(), batch(filler=filler)))
     assert torch.equal(a.logp, b.logp)
     assert torch.equal(a.entropy, b.entropy)
+
+
+@pytest.mark.parametrize("name", ["mistral, window shorter than prompts", "gpt2, learned positions"])
+def test_attention_that_turns_out_not_to_be_plain_takes_the_packed_way(name, monkeypatch):
+    monkeypatch.setattr(forward, "attends_plainly", lambda model: True)
+    model = MODELS[name]()
+    before = model.config._attn_implementation
+    assert packs(model)
+    assert (model in forward._FLAT) == name.startswith("gpt2")
+    assert model.config._attn_implementation == before
+
+
+def test_attention_that_does_not_ask_is_noticed(monkeypatch):
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    model, rollouts = exact(built("Llama").double()), batch()
+    monkeypatch.setitem(AttentionInterface._global_mapping, flat.NAME, sdpa_attention_forward)
+    values = response_logp(model, rollouts, 1.0)
+    assert packs(model)
+    assert model not in forward._FLAT
+    torch.testing.assert_close(values.logp, _plain(model, rollouts, 1.0, False).logp, rtol=0, atol=1e-9)
 
 
 def test_a_policy_equals_itself_to_the_bit_with_gradients_and_without():
@@ -133,6 +189,24 @@ def test_a_policy_equals_itself_to_the_bit_with_gradients_and_without():
 
     response_loss(model, rollouts, 1.0, loss_of)
     assert torch.equal(seen, batch_logp(model, rollouts, 1.0, [part]).logp)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama, grouped queries", "qwen2, biases"])
+def test_under_autocast_the_flat_way_is_as_near_as_the_packed_one(name, monkeypatch):
+    model, rollouts = MODELS[name](), batch()
+    wanted = _plain(model, rollouts, 1.0, False).logp
+    gaps = []
+    for takes in (True, False):
+        monkeypatch.setattr(forward, "attends_plainly", lambda model, takes=takes: takes)
+        forward._PACKS.pop(model, None)
+        forward._FLAT.discard(model)
+        assert packs(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = response_loss(model, rollouts, 1.0, lambda v, rows: v.logp.sum())
+            values = response_logp(model, rollouts, 1.0).logp
+        loss.backward()
+        gaps.append(float((values - wanted).abs().mean()))
+    assert 0 < gaps[0] < 1.5 * gaps[1]
 
 
 def soft_capped():
@@ -246,6 +320,7 @@ def staged_loss(model, rollouts, in_stages=True):
     return response_loss(model, rollouts, 1.0, lambda values, rows: values.logp.sum(), in_stages=in_stages)
 
 
+@pytest.mark.usefixtures("packed_only")
 def test_in_stages_no_gradient_waits_for_another(monkeypatch):
     monkeypatch.setattr(packing, "CPU_PADDING", 3)  # several passes
     model = built("Llama", tie_word_embeddings=False)
@@ -264,6 +339,19 @@ def test_in_stages_no_gradient_waits_for_another(monkeypatch):
     assert held[False] - held[True] > 0.7 * layers
 
 
+def test_in_one_pass_no_gradient_waits_for_another():
+    model = built("Llama", tie_word_embeddings=False)
+    layers = sum(p.nbytes for p in model.model.layers.parameters())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with LiveBytes() as live:
+        loss = staged_loss(model, batch(), in_stages=False)
+        before = live.peak = live.now
+        loss.backward()
+    assert live.peak - before < 0.3 * layers
+
+
+@pytest.mark.usefixtures("packed_only")
 def test_in_stages_the_gradient_is_taken_once():
     loss = staged_loss(TinyPolicy().load().model, batch())
     loss.backward(retain_graph=True)
@@ -271,8 +359,11 @@ def test_in_stages_the_gradient_is_taken_once():
         loss.backward()
 
 
-def test_in_stages_reaches_what_is_trained_and_nothing_else(monkeypatch):
+@pytest.mark.parametrize("way", ["flat", "packed"])
+def test_what_is_trained_is_reached_and_nothing_else(way, monkeypatch):
     monkeypatch.setattr(packing, "CPU_PADDING", 3)
+    if way == "packed":
+        monkeypatch.setattr(forward, "attends_plainly", lambda model: False)
     model = exact(built("Llama", tie_word_embeddings=False).double())
     everything = gradients(model, staged_loss(model, batch()))
     for trained in (["lm_head"], ["layers.1.mlp"], ["layers.0.self_attn.q_proj", "lm_head"]):

@@ -9,7 +9,7 @@ from decoding import ENDS, OTHERS, PROMPTS, SAMPLING, SEEDS, SHARED, build, gene
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_rlvr.rollout import decode_attention, decoder
+from lightning_rlvr.rollout import decode_attention, decoder, transformers_engine
 from lightning_rlvr.rollout import shared_prefix as shared
 from lightning_rlvr.rollout.sampling import draw, uniforms
 from lightning_rlvr.types import Sampling, UserError
@@ -143,7 +143,7 @@ def test_a_step_that_cannot_be_a_graph_is_done_without(llama, graphs, monkeypatc
 
 
 def test_attention_that_turns_out_not_to_be_plain_is_left_to_the_model(monkeypatch):
-    monkeypatch.setattr(shared.SharedPrefixDecoder, "supports", staticmethod(lambda model: True))
+    monkeypatch.setattr(transformers_engine, "attends_plainly", lambda model: True)
     for name in OTHERS:
         model = build(name, "other")
         implementation = model.config._attn_implementation
