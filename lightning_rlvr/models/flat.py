@@ -20,13 +20,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lightning_rlvr.models.attention import NotPlainError, beyond_softmax
 from lightning_rlvr.models.lean import lean_layers
-from lightning_rlvr.models.packing import States, distinct_prompts, keys_as_they_are, passes
+from lightning_rlvr.models.packing import (
+    ACCELERATOR_PADDING,
+    CPU_PADDING,
+    States,
+    distinct_prompts,
+    keys_as_they_are,
+    passes,
+)
 from lightning_rlvr.types import Rollouts
 
 NAME = "lightning_rlvr_flat"
 LAYOUT = "flat_layout"  # attribute of the mask that stands for a layout in the model's call
-# Tokens of padding in attention for which responses lie side by side before further calls are cheaper.
-CPU_PADDING, ACCELERATOR_PADDING = 64, 1024
 
 
 def flat_states(backbone: nn.Module, rollouts: Rollouts) -> States:

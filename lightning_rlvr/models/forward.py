@@ -96,21 +96,19 @@ def response_loss(
     loss_of: LossOf,
     with_entropy: bool = False,
     reference: PreTrainedModel | None = None,
-    in_stages: bool = False,
 ) -> Tensor:
     """Return the sum over the rows of a loss of their values, ready for one backward pass.
 
     `loss_of` is asked for some whole rows at a time, so that the gradient of the logits is formed while they are there:
     one pass over the vocabulary instead of the two that `response_logp` needs. Its values carry gradients only as far
-    as the loss. With `in_stages`, which takes less memory, a weight's gradient comes in parts: for `backward` where
-    nothing waits for it. All else is as for `response_logp`.
+    as the loss. All else is as for `response_logp`.
     """
     if reference is not None or not packs(model):
         every = torch.arange(len(rollouts.mask), device=rollouts.mask.device)
         return loss_of(_plain(model, rollouts, temperature, with_entropy, reference), every)
 
     def compute() -> Tensor:
-        states, rows = _states(model, rollouts, in_stages)
+        states, rows = _states(model, rollouts)
         mask = rollouts.mask[rows]
 
         def loss_of_part(logp: Tensor, entropy: Tensor | None, part: slice) -> Tensor:
@@ -248,7 +246,7 @@ def _packed(model: PreTrainedModel, rollouts: Rollouts, temperature: float, with
     return _within(model, compute)
 
 
-def _states(model: PreTrainedModel, rollouts: Rollouts, in_stages: bool = False) -> States:
+def _states(model: PreTrainedModel, rollouts: Rollouts) -> States:
     backbone = model.get_decoder()
     if joins(model):
         return joined_states(backbone, rollouts)
@@ -256,7 +254,7 @@ def _states(model: PreTrainedModel, rollouts: Rollouts, in_stages: bool = False)
         from lightning_rlvr.models.flat import flat_states
 
         return flat_states(backbone, rollouts)
-    return packed_states(backbone, rollouts, in_stages)
+    return packed_states(backbone, rollouts)
 
 
 def _within(model: nn.Module, compute: Callable[[], T]) -> T:

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from math import ceil
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_rlvr.models.lean import lean_layers
 from lightning_rlvr.types import Rollouts
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # Padding, in tokens, that a pass may hold before a further one is cheaper: it reads the weights anew, and on an
-# accelerator launches some thousand kernels.
+# accelerator launches some thousand kernels. The same where attention alone is padded, and further calls are its own.
 CPU_PADDING, ACCELERATOR_PADDING = 64, 1024
 # Memory that a response's copy of its prompt's keys and values takes, as a share of what computing the prompt leaves
 # for the backward pass: 0.05 to 0.1 in models of 1.9 M to 1.5 B parameters.
@@ -39,22 +38,21 @@ class States(NamedTuple):
     rows: Int[Tensor, " N"]
 
 
-def packed_states(backbone: nn.Module, rollouts: Rollouts, in_stages: bool = False) -> States:
+def packed_states(backbone: nn.Module, rollouts: Rollouts) -> States:
     """Run the model without its head over prompts and counted response tokens, with gradients where those are on.
 
     Rows beside each other that have the same prompt share its pass, and their gradients meet in it. Responses go on
-    from its key-value cache, longest first, in as many passes as keep padding small. `in_stages` is for a gradient
-    that is taken once, by `backward`: see `StagedStates`.
+    from its key-value cache, longest first, in as many passes as keep padding small.
     """
     with keys_as_they_are(rollouts.prompt_ids.device):
-        return _packed_states(backbone, rollouts, in_stages)
+        return _packed_states(backbone, rollouts)
 
 
-def _packed_states(backbone: nn.Module, rollouts: Rollouts, in_stages: bool) -> States:
+def _packed_states(backbone: nn.Module, rollouts: Rollouts) -> States:
     prompts, prompt_of = distinct_prompts(rollouts)
     start = int(rollouts.prompt_mask.any(dim=0).int().argmax())
     ids, seen = rollouts.prompt_ids[prompts, start:], rollouts.prompt_mask[prompts, start:]
-    read = PromptStates(backbone, ids, seen, in_stages)
+    read = PromptStates(backbone, ids, seen)
     lengths = rollouts.mask.sum(dim=1)
     order = lengths.argsort(descending=True, stable=True)
     hidden = []
@@ -65,7 +63,7 @@ def _packed_states(backbone: nn.Module, rollouts: Rollouts, in_stages: bool) -> 
         states = read.answered(prompt_of[rows], rollouts.response_ids[rows, : width - 1]).flatten(0, 1)
         counted = rollouts.mask[rows, :width].flatten().nonzero().squeeze(-1)
         hidden.append(states if len(counted) == len(states) else states[counted])
-    return States(read.together(hidden), order)
+    return States(torch.cat(hidden), order)
 
 
 class PromptStates:
@@ -75,84 +73,27 @@ class PromptStates:
         backbone: the model without its head.
         ids: of the prompts, padded on the left.
         seen: false in padding.
-        in_stages: as in `packed_states`.
     """
 
-    def __init__(
-        self, backbone: nn.Module, ids: Int[Tensor, "B P"], seen: Bool[Tensor, "B P"], in_stages: bool
-    ) -> None:
+    def __init__(self, backbone: nn.Module, ids: Int[Tensor, "B P"], seen: Bool[Tensor, "B P"]) -> None:
         from transformers import DynamicCache
 
         cache = DynamicCache()  # made without the config it keeps all of a prompt, also where attention slides
-        last = run_backbone(backbone, ids, seen, cache)[:, -1]
-        read: list[Tensor] = [last, *(x for keys, values, *_ in cache for x in (keys, values))]
-        self.staged = StagedStates(read) if in_stages and last.requires_grad else None
         self.backbone, self.seen = backbone, seen
-        self.read = read if self.staged is None else self.staged.leaves
+        self.last = run_backbone(backbone, ids, seen, cache)[:, -1]
+        self.held = [(keys, values) for keys, values, *_ in cache]
 
     def answered(self, whose: Int[Tensor, " N"], response: Int[Tensor, "N t"]) -> Float[Tensor, "N t+1 H"]:
         """Return the states that predict each token of a response and the one after it, to prompts `whose`."""
         from transformers import DynamicCache
 
-        last, *held = self.read
-        states = last[whose, None]
+        states = self.last[whose, None]
         if response.shape[1] == 0:
             return states
         # What lies behind a response's end needs no mask: no token looks ahead.
         known = torch.cat([self.seen[whose], torch.ones_like(response, dtype=torch.bool)], dim=1)
-        pairs = zip(held[::2], held[1::2], strict=True)
-        shared = DynamicCache([(keys[whose], values[whose]) for keys, values in pairs])
+        shared = DynamicCache([(keys[whose], values[whose]) for keys, values in self.held])
         return torch.cat([states, run_backbone(self.backbone, response, known, shared)], dim=1)
-
-    def together(self, states: list[Float[Tensor, "_ H"]]) -> Float[Tensor, "K H"]:
-        """Return the states of all passes, one after the other."""
-        return torch.cat(states) if self.staged is None else self.staged.of(states)
-
-
-class StagedStates:
-    """Hidden states whose gradient goes back through one pass of responses after another, then through the prompts'.
-
-    In one graph the gradient of a weight waits until that of every pass is there: beside the gradients that are being
-    summed, a copy of them all, for as long as activations are held too. Here each pass adds its own at once.
-
-    Args:
-        read: what the prompts' pass hands to the others. They start from `leaves` in its place.
-    """
-
-    def __init__(self, read: list[Tensor]) -> None:
-        self.read = read
-        self.leaves = [x.detach().requires_grad_(x.requires_grad) for x in read]
-
-    def of(self, passes: list[Tensor]) -> Float[Tensor, "K H"]:
-        """Return the states of all passes, one after the other."""
-        self.passes = passes
-        anchor = torch.zeros((), device=passes[0].device, requires_grad=True)  # so that a gradient is asked for
-        states: Tensor = _Staged.apply(anchor, self)
-        return states
-
-    def backward(self, gradient: Float[Tensor, "K H"]) -> None:
-        """Add the gradients of all weights, and let go of the graphs. Raises: RuntimeError the second time."""
-        if not self.read:
-            raise RuntimeError("the gradient of staged states was taken before: call backward once")
-        pulls = list(gradient.split([len(states) for states in self.passes]))
-        while self.passes:
-            torch.autograd.backward(self.passes.pop(), pulls.pop())
-        reached = [(x, leaf.grad) for x, leaf in zip(self.read, self.leaves, strict=True) if leaf.grad is not None]
-        self.read, self.leaves = [], []
-        torch.autograd.backward([x for x, _ in reached], [pull for _, pull in reached])
-
-
-class _Staged(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, staged: StagedStates) -> Tensor:
-        ctx.staged = staged
-        return torch.cat(staged.passes)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        ctx.staged.backward(gradient)
-        return None, None
 
 
 @contextmanager

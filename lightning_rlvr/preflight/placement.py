@@ -30,7 +30,6 @@ class Placement:
         weights, gradients, optimizer: over how many processes each is shared out.
         master_bytes: of a float32 copy of each weight that the optimizer keeps.
         buckets: whether gradients are held twice, to be exchanged.
-        in_stages: whether a weight's gradient may come in parts, so that none of them waits for the others.
         gradients_stay: whether they lie in buffers that are there between updates too.
     """
 
@@ -43,7 +42,6 @@ class Placement:
     optimizer: int = 1
     master_bytes: int = 0
     buckets: bool = False
-    in_stages: bool = True
     gradients_stay: bool = False
 
     @property
@@ -97,7 +95,7 @@ def _shared(found: Placement, name: str, settings: Mapping[str, Any]) -> Placeme
         return found
     if name == "auto" or name.startswith("ddp") or name == "DDPStrategy":
         view = world > 1 and bool(settings.get("gradient_as_bucket_view"))
-        return replace(found, buckets=world > 1 and not view, in_stages=False, gradients_stay=view)
+        return replace(found, buckets=world > 1 and not view, gradients_stay=view)
     if name in ("fsdp2", "FSDP2Strategy", "ModelParallelStrategy"):
         return replace(found, weights=world, gradients=world, optimizer=world)
     if name.startswith("deepspeed") or name == "DeepSpeedStrategy":
@@ -113,7 +111,6 @@ def _shared(found: Placement, name: str, settings: Mapping[str, Any]) -> Placeme
             gradients=world if stage >= 2 else 1,
             optimizer=away if "offload" in name or settings.get("offload_optimizer") else world,
             master_bytes=4 if half else 0,
-            in_stages=False,
             gradients_stay=True,
         )
     raise UserError(

@@ -141,9 +141,9 @@ def update_pass(
                 hidden = flat_pass(backbone, torch.zeros(len(layout.position), dtype=torch.long), layout)
             else:
                 ids = torch.zeros(prompts, prompt, dtype=torch.long)
-                read = PromptStates(backbone, ids, torch.ones_like(ids, dtype=torch.bool), place.in_stages)
+                read = PromptStates(backbone, ids, torch.ones_like(ids, dtype=torch.bool))
                 answers = torch.zeros(rows, response - 1, dtype=torch.long)
-                hidden = read.together([read.answered(torch.arange(rows) % prompts, answers).flatten(0, 1)])
+                hidden = read.answered(torch.arange(rows) % prompts, answers).flatten(0, 1)
             kept = live.now
             hidden.backward(torch.zeros_like(hidden))
         return UpdatePass(kept, live.peak)

@@ -53,10 +53,6 @@ class Parallel:
     def release(self, model: nn.Module) -> None:
         """Let go of weights that passes without gradients have left gathered."""
 
-    def in_stages(self, last: bool) -> bool:
-        """Whether a weight's gradient may come in parts: DDP exchanges it as it comes, at the `last` of a step."""
-        return not last or self._ddp() is None
-
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a micro-batch; processes exchange what has come together at the `last` of a step."""
         wrapped = None if last else self._ddp()
@@ -156,10 +152,6 @@ class ZeRO(Parallel):
         from deepspeed.runtime.zero import unwrap_model_for_generation
 
         return unwrap_model_for_generation(self.engine)
-
-    def in_stages(self, last: bool) -> bool:
-        """DeepSpeed takes in each gradient as it comes."""
-        return False
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Say whether a step follows, and that what comes is another micro-batch.

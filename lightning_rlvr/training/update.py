@@ -91,7 +91,6 @@ def _backward(module: RLVRModule, losses: _Losses, rows: Int[Tensor, " M"], size
             partial(losses.of_rows, part),
             objective.needs_entropy,
             reference,
-            module.parallel.in_stages(last),
         )
         with _exchanging(module, last):
             module.parallel.backward(loss * world_size(), last)  # ranks average gradients; the plan's weights sum

@@ -99,7 +99,7 @@ def test_an_update_has_the_gradient_of_a_cpu_in_float64(dtype, autocast, toleran
 
     def of(device, dtype):
         model, rollouts = built("Llama").to(device, dtype), batch().to(device)
-        loss = response_loss(model, rollouts, 0.7, lambda v, rows: (v.logp + v.entropy).sum(), True, in_stages=True)
+        loss = response_loss(model, rollouts, 0.7, lambda v, rows: (v.logp + v.entropy).sum(), True)
         return {name: gradient.cpu().double() for name, gradient in gradients(model, loss).items()}
 
     wanted = of("cpu", torch.float64)

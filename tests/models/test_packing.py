@@ -83,7 +83,7 @@ def test_values_and_gradients_equal_those_of_the_plain_way(model, dtype, bound, 
     torch.testing.assert_close(values[:2], plain[:2], rtol=0, atol=10 * bound)
     assert distance(gradients(model, objective(values, weight)), wanted) < bound
 
-    for size, in_stages in [(1, False), (2, False), (2, True), (5, False), (9, False), (9, True)]:
+    for size in (1, 2, 5, 9):
         parts = micro_batches(model, rollouts, torch.arange(len(ROWS)), size)
         model.zero_grad(set_to_none=True)
         for part in parts:
@@ -93,7 +93,6 @@ def test_values_and_gradients_equal_those_of_the_plain_way(model, dtype, bound, 
                 0.7,
                 lambda v, rows, part=part: objective(v, weight[part[rows]]),
                 True,
-                in_stages=in_stages,
             )
             loss.backward()
         assert distance({n: p.grad for n, p in model.named_parameters()}, wanted) < bound
@@ -316,27 +315,8 @@ def test_passes_hold_rows_of_like_length(lengths, cut):
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(len(lengths)))
 
 
-def staged_loss(model, rollouts, in_stages=True):
-    return response_loss(model, rollouts, 1.0, lambda values, rows: values.logp.sum(), in_stages=in_stages)
-
-
-@pytest.mark.usefixtures("packed_only")
-def test_in_stages_no_gradient_waits_for_another(monkeypatch):
-    monkeypatch.setattr(packing, "CPU_PADDING", 3)  # several passes
-    model = built("Llama", tie_word_embeddings=False)
-    layers = sum(p.nbytes for p in model.model.layers.parameters())
-    held = {}
-    for in_stages in (False, True):
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        with LiveBytes() as live:
-            loss = staged_loss(model, batch(), in_stages)
-            before = live.now
-            live.peak = live.now
-            loss.backward()
-        held[in_stages] = live.peak - before
-    assert held[True] < 0.2 * layers
-    assert held[False] - held[True] > 0.7 * layers
+def loss_of(model, rollouts):
+    return response_loss(model, rollouts, 1.0, lambda values, rows: values.logp.sum())
 
 
 def test_in_one_pass_no_gradient_waits_for_another():
@@ -345,18 +325,10 @@ def test_in_one_pass_no_gradient_waits_for_another():
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     with LiveBytes() as live:
-        loss = staged_loss(model, batch(), in_stages=False)
+        loss = loss_of(model, batch())
         before = live.peak = live.now
         loss.backward()
     assert live.peak - before < 0.3 * layers
-
-
-@pytest.mark.usefixtures("packed_only")
-def test_in_stages_the_gradient_is_taken_once():
-    loss = staged_loss(TinyPolicy().load().model, batch())
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="call backward once"):
-        loss.backward()
 
 
 @pytest.mark.parametrize("way", ["flat", "packed"])
@@ -365,9 +337,9 @@ def test_what_is_trained_is_reached_and_nothing_else(way, monkeypatch):
     if way == "packed":
         monkeypatch.setattr(forward, "attends_plainly", lambda model: False)
     model = exact(built("Llama", tie_word_embeddings=False).double())
-    everything = gradients(model, staged_loss(model, batch()))
+    everything = gradients(model, loss_of(model, batch()))
     for trained in (["lm_head"], ["layers.1.mlp"], ["layers.0.self_attn.q_proj", "lm_head"]):
         for name, p in model.named_parameters():
             p.requires_grad_(any(part in name for part in trained))
         wanted = {name: everything[name] for name, p in model.named_parameters() if p.requires_grad}
-        assert distance(gradients(model, staged_loss(model, batch())), wanted) < 1e-10
+        assert distance(gradients(model, loss_of(model, batch())), wanted) < 1e-10
