@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -303,12 +304,16 @@ class Layout:
 
 
 class SharedPrefixLayer(DynamicLayer):
-    """A layer's keys and values: of prompts [B, K, P, D], left-padded; of responses [S, K, T, D]."""
+    """A layer's keys and values: of prompts [B, K, P, D], left-padded; of responses [S, K, T, D].
+
+    Those of responses have room for all their columns, and lie in the first part of it.
+    """
 
     prompt_keys: Tensor
     prompt_values: Tensor
     own_keys: Tensor
     own_values: Tensor
+    rooms: list[Tensor]  # of both
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
@@ -319,8 +324,11 @@ class SharedPrefixLayer(DynamicLayer):
         at = self.layout
         keys, values = _as_multiplied(keys), _as_multiplied(values)
         if not self.is_initialized:
+            self.rooms = [x.new_empty(len(at.position) * x.shape[1] * at.limit * x.shape[3]) for x in (keys, values)]
             sizes = (len(at.position), keys.shape[1], at.columns)
-            self.own_keys, self.own_values = (x.new_zeros(*sizes, x.shape[3]) for x in (keys, values))
+            self.own_keys, self.own_values = (
+                _first(room, *sizes, x.shape[3]).zero_() for room, x in zip(self.rooms, (keys, values), strict=True)
+            )
             self.prompt_keys, self.prompt_values, self.is_initialized = keys, values, True
             return
         new = slice(len(at.length), len(at.length) + len(keys))
@@ -329,16 +337,19 @@ class SharedPrefixLayer(DynamicLayer):
             prompts[new, :, at.width - come.shape[2] :] = come
         if not at.kernel:
             for own in (self.own_keys, self.own_values):
-                own[len(at.group) :] = 0  # see `_widened`
+                own[len(at.group) :] = 0  # see `_widen`
 
-    def _widened(self, own: Float[Tensor, "S K T D"]) -> Float[Tensor, "S K C D"]:
+    def _widen(self) -> None:
         """Have as many columns as the layout says; what rows hold in new ones is masked, but must not be nan."""
-        had, columns, rows = own.shape[2], self.layout.columns, len(self.layout.group)
+        had, columns, rows = self.own_keys.shape[2], self.layout.columns, len(self.layout.group)
         if had == columns:
-            return own
-        wider = own.new_empty(*own.shape[:2], columns, own.shape[3])
-        wider[:rows, :, :had], wider[:rows, :, had:] = own[:rows], 0
-        return wider
+            return
+        wider = []
+        for room, own in zip(self.rooms, (self.own_keys, self.own_values), strict=True):
+            held = own[:rows].clone()
+            wider.append(_first(room, *own.shape[:2], columns, own.shape[3]))
+            wider[-1][:rows, :, :had], wider[-1][:rows, :, had:] = held, 0
+        self.own_keys, self.own_values = wider
 
     def _roomy(self, prompts: Float[Tensor, "B K P D"]) -> Float[Tensor, "C K P D"]:
         missing = self.layout.room - len(prompts)
@@ -357,7 +368,7 @@ class SharedPrefixLayer(DynamicLayer):
 
     def store(self, keys: Float[Tensor, "R K D"], values: Float[Tensor, "R K E"]) -> None:
         """Write the new keys and values in the open column."""
-        self.own_keys, self.own_values = self._widened(self.own_keys), self._widened(self.own_values)
+        self._widen()
         for states, own in ((keys, self.own_keys), (values, self.own_values)):
             own[: len(states), :, self.layout.column] = states
 
@@ -411,6 +422,11 @@ class SharedPrefixLayer(DynamicLayer):
         values = values.view(len(at.length), K, at.widest, heads // K, -1)
         values = values.transpose(1, 2).reshape(len(at.length) * at.widest, heads, -1)
         return values if at.unpack is None else values.index_select(0, at.unpack)
+
+
+def _first(room: Tensor, *shape: int) -> Tensor:
+    """Return the first part of a tensor in a shape."""
+    return room[: prod(shape)].view(shape)
 
 
 def _fits_kernel(keys: Tensor, values: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_rlvr.models.forward import TokenValues, micro_batches, response_loss, sharded
-from lightning_rlvr.models.memory import ERRORS, in_smaller_parts, out_of_memory
+from lightning_rlvr.models.memory import ERRORS, give_back, in_smaller_parts, out_of_memory
 from lightning_rlvr.training.distributed import add_ratios, all_ranks, largest, world_size
 from lightning_rlvr.training.numbers import leave_out, total
 from lightning_rlvr.types import Objective, Ratio, TokenBatch, TokenPlan, UserError
@@ -60,6 +60,8 @@ def update_policy(module: RLVRModule, record: StepRecord) -> tuple[dict[str, Rat
         losses.add({"skipped_updates": Ratio(norm.new_tensor(float(not finite)), norm.new_tensor(float(number == 0)))})
         losses.close_step()
     module.policy.zero_grad()  # the next rollout can use the memory
+    if module.device.type == "cpu":
+        give_back()
     # A step's loss is the sum over its micro-batches and over ranks, not their mean.
     sums = losses.metrics
     sums["loss"] = Ratio(sums["loss"].numerator * world_size(), sums["grad_norm"].denominator)

@@ -1,12 +1,15 @@
 """Memory that runs out: the work is done again in smaller parts and comes to the same."""
 
+import ctypes
+import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from support import train, weights
 
-from lightning_rlvr.models.memory import in_smaller_parts, out_of_memory
+from lightning_rlvr.models.memory import give_back, in_smaller_parts, out_of_memory
 from lightning_rlvr.objectives import GRPO
 from lightning_rlvr.types import UserError
 
@@ -149,3 +152,17 @@ def test_a_run_that_fits_says_nothing_and_keeps_its_sizes(tmp_path):
         module, _ = train(tmp_path, objective=GRPO(), updates=1)
     assert not [w for w in said if "memory" in str(w.message)]
     assert (module.micro_batch_size, module.rollout_rows) == (32, 256)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
+def test_what_lay_between_other_things_is_given_back():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    blocks = [bytes(2**16) for _ in range(2**11)]  # less than what malloc maps by itself, 128 MiB in all
+    between = blocks[:: 2**5]
+    held = resident()
+    del blocks
+    give_back()
+    assert resident() < held - 2**26
+    assert len(between) == 2**6
