@@ -37,6 +37,17 @@ def test_a_layer_gives_what_it_gives(shape, bias):
         torch.testing.assert_close(y, layer(x), rtol=1e-5, atol=1e-6)
 
 
+def test_rows_are_of_few_numbers(monkeypatch):
+    """oneDNN keeps code for each."""
+    seen, ready = [], module.packed(torch.randn(70, 48))
+    pad = module.pad
+    monkeypatch.setattr(module, "pad", lambda x, more: seen.append(len(x) + more[-1]) or pad(x, more))
+    for rows in range(1, 2 * module.ROWS + 1):
+        assert module.multiplied(torch.ones(rows, 48), ready).shape == (rows, 70)
+    assert set(seen) == {module.ROWS, 2 * module.ROWS}
+    assert len(seen) == 2 * module.ROWS - 2
+
+
 def test_rollouts_are_the_same(used, monkeypatch):
     packed, calls = used
     policy = TinyPolicy().load()

@@ -159,7 +159,7 @@ def test_what_lay_between_other_things_is_given_back():
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    blocks = [bytes(2**16) for _ in range(2**11)]  # less than what malloc maps by itself, 128 MiB in all
+    blocks = [bytearray(b"x") * 2**16 for _ in range(2**11)]  # less than what malloc maps by itself, 128 MiB in all
     between = blocks[:: 2**5]
     held = resident()
     del blocks
