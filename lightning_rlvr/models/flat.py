@@ -52,13 +52,15 @@ def flat_states(backbone: nn.Module, rollouts: Rollouts) -> States:
 
 def flat_pass(backbone: Any, ids: Int[Tensor, " N"], layout: Layout) -> Float[Tensor, "K H"]:
     """Return the states that predict the tokens of each response, row after row, from the tokens that are read."""
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # the model hands it to its attention as it is
+    setattr(mask, LAYOUT, layout)
     config = backbone.config
     before, config._attn_implementation = config._attn_implementation, NAME
     try:
         with lean_layers(backbone), keys_as_they_are(ids.device):
             states: Tensor = backbone(
                 input_ids=ids[None],
-                attention_mask=layout.mask,
+                attention_mask=mask,
                 position_ids=layout.position[None],
                 use_cache=False,
             ).last_hidden_state[0]
@@ -91,8 +93,6 @@ class Layout:
             for at in ([ends[p] - 1, *range(start, start + length - 1)] if length else ())
         ]
         self.predicting = torch.tensor(before, dtype=torch.long, device=device)
-        self.mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)  # stands for all this in the model's call
-        setattr(self.mask, LAYOUT, self)
         self.prompts, self.answers = Block(prompts, device), []
         rows = sum(length > 0 for length in read)
         padding = CPU_PADDING if device.type == "cpu" else ACCELERATOR_PADDING
@@ -110,6 +110,8 @@ class Layout:
             q, k, v = (x.transpose(1, 2) for x in (block.padded(q), k, v))
             return block.unpadded(sdpa_attention_forward(module, q, k, v, mask, is_causal=True, **kwargs)[0])
 
+        kind = query.device.type  # autocast would make a mask of another dtype anew in each layer, and keep it
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
         k, v = self.prompts.padded(k), self.prompts.padded(v)
         out = [attended(self.prompts, q, k, v, None)]
         for block, q, *own in zip(self.answers, queries, keys, values, strict=True):
@@ -117,7 +119,7 @@ class Layout:
                 torch.cat([of_prompts.index_select(0, block.whose), block.padded(x)], dim=1)
                 for of_prompts, x in zip((k, v), own, strict=True)
             )
-            out.append(attended(block, q, all_k, all_v, block.mask(query.dtype)))
+            out.append(attended(block, q, all_k, all_v, block.mask(dtype)))
         return torch.cat(out)[None]
 
 

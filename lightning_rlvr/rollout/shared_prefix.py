@@ -98,16 +98,18 @@ class SharedPrefixDecoder(Decoder):
         return logits
 
     def _in_few_calls(self, token: Int[Tensor, " R"], step: LlamaStep) -> Float[Tensor, "R V"]:
-        """Do a step by what is known of the model's layers; the first time, see whether the model says the same."""
-        logits = step(token, self.layout.position[: len(token), 0], self.layers)
-        if self.model in _IN_FEW_CALLS:
-            return logits
-        own = self._pass(token)
-        if torch.allclose(logits, own, rtol=0, atol=AGREES * float(own.abs().max())):
+        """Do a step by what is known of the model's layers; the first time, see whether the model says the same.
+
+        The result is that of a later time to the bit: runs that go on in another process depend on it.
+        """
+        known = self.model in _IN_FEW_CALLS
+        own = None if known else self._pass(token)
+        logits = step(token, self.layout.position[: len(token), 0], self.layers)  # the keys that stay are its own
+        if own is None or torch.allclose(logits, own, rtol=0, atol=AGREES * float(own.abs().max())):
             _IN_FEW_CALLS.add(self.model)
-        else:
-            self.few_calls, self.linears = None, linears(self.model)
-        return own
+            return logits
+        self.few_calls, self.linears = None, linears(self.model)
+        return self._pass(token)
 
     def _by_graph(self, token: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
         """Do a step by a graph, or without where it cannot be captured."""

@@ -60,7 +60,7 @@ def update_policy(module: RLVRModule, record: StepRecord) -> tuple[dict[str, Rat
         losses.add({"skipped_updates": Ratio(norm.new_tensor(float(not finite)), norm.new_tensor(float(number == 0)))})
         losses.close_step()
     module.policy.zero_grad()  # the next rollout can use the memory
-    if module.device.type == "cpu":
+    if record.stats.mask.device.type == "cpu":
         give_back()
     # A step's loss is the sum over its micro-batches and over ranks, not their mean.
     sums = losses.metrics

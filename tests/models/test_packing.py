@@ -1,7 +1,9 @@
 """The flat and the packed way against the plain one: the same values and gradients, computed once."""
 
+import gc
 import os
 import warnings
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -313,6 +315,25 @@ def test_passes_hold_rows_of_like_length(lengths, cut):
     parts = list(passes(lengths, packing.CPU_PADDING))
     assert [part.stop - part.start for part in parts] == cut
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(len(lengths)))
+
+
+def test_a_flat_pass_leaves_nothing_for_the_garbage_collector(monkeypatch):
+    gone, init = [], flat.Layout.__init__
+
+    def watched(layout, *args):
+        init(layout, *args)
+        gone.append(weakref.ref(layout))
+
+    monkeypatch.setattr(flat.Layout, "__init__", watched)
+    model = TinyPolicy().load().model
+    packs(model)
+    gc.disable()
+    try:
+        loss_of(model, batch()).backward()
+        assert gone
+        assert all(layout() is None for layout in gone)
+    finally:
+        gc.enable()
 
 
 def loss_of(model, rollouts):

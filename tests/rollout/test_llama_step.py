@@ -84,12 +84,13 @@ def test_variants(variant, steps, monkeypatch):
     assert steps["few"] > 1
 
 
-def test_the_model_is_asked_once(steps):
+def test_the_model_is_asked_once_and_that_changes_nothing(steps):
     model = made("llama")
-    for _ in range(2):
-        generate(model)
+    first, second = generate(model), generate(model)
     assert steps["model"] == 1
     assert steps["few"] > 20
+    assert torch.equal(first.logp, second.logp)
+    assert torch.equal(first.entropy, second.entropy)
 
 
 def test_a_model_that_says_something_else_is_believed(steps, monkeypatch):
@@ -99,6 +100,7 @@ def test_a_model_that_says_something_else_is_believed(steps, monkeypatch):
     got = generate(made("llama"))
     assert torch.equal(got.response_ids, expected.response_ids)
     assert steps["few"] == alone + 1
+    torch.testing.assert_close(got.logp, expected.logp, rtol=1e-5, atol=2e-5)
 
 
 def test_weights_are_those_of_the_rollout(steps):
