@@ -5,7 +5,7 @@ import torch
 from lightning_rlvr.rollout import TransformersEngine
 from lightning_rlvr.types import Sampling
 
-PAD, NEVER = 0, 10_000
+PAD = 0
 PROMPTS = [[40, 41, 42], [7], [5, 6, 7, 8, 9, 10, 11], [60, 3, 3, 20], [33, 2], [9] * 6]
 SEEDS = [11, 22, 33, 44, 55, 66]
 SAMPLING = Sampling(max_new_tokens=12)

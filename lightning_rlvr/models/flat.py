@@ -47,7 +47,8 @@ def flat_states(backbone: nn.Module, rollouts: Rollouts) -> States:
     read = torch.arange(rollouts.mask.shape[1], device=order.device) < lengths[order, None] - 1
     ids = torch.cat([rollouts.prompt_ids[prompts][seen], rollouts.response_ids[order][read]])
     layout = Layout(seen.sum(dim=1).tolist(), lengths[order].tolist(), prompt_of[order].tolist(), ids.device)
-    return States(flat_pass(backbone, ids, layout), order)
+    with keys_as_they_are(ids.device):
+        return States(flat_pass(backbone, ids, layout), order)
 
 
 def flat_pass(backbone: Any, ids: Int[Tensor, " N"], layout: Layout) -> Float[Tensor, "K H"]:
@@ -57,7 +58,7 @@ def flat_pass(backbone: Any, ids: Int[Tensor, " N"], layout: Layout) -> Float[Te
     config = backbone.config
     before, config._attn_implementation = config._attn_implementation, NAME
     try:
-        with lean_layers(backbone), keys_as_they_are(ids.device):
+        with lean_layers(backbone):
             states: Tensor = backbone(
                 input_ids=ids[None],
                 attention_mask=mask,
