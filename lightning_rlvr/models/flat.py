@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from lightning_rlvr.models import llama
 from lightning_rlvr.models.attention import NotPlainError, beyond_softmax
 from lightning_rlvr.models.lean import lean_layers
 from lightning_rlvr.models.packing import (
@@ -53,6 +54,8 @@ def flat_states(backbone: nn.Module, rollouts: Rollouts) -> States:
 
 def flat_pass(backbone: Any, ids: Int[Tensor, " N"], layout: Layout) -> Float[Tensor, "K H"]:
     """Return the states that predict the tokens of each response, row after row, from the tokens that are read."""
+    if llama.runs(backbone):
+        return llama.run(backbone, ids, layout.position, layout.attend).index_select(0, layout.predicting)
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # the model hands it to its attention as it is
     setattr(mask, LAYOUT, layout)
     config = backbone.config
@@ -101,11 +104,16 @@ class Layout:
             self.answers.append(Answers(read[part], whose[part], prompts, device))
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
-    ) -> Float[Tensor, "1 N H E"]:
-        """Return the attention of each token to those of its row up to it; queries, keys, values are [1, H, N, D]."""
+        self,
+        module: nn.Module,
+        query: Float[Tensor, "N H D"],
+        key: Float[Tensor, "N K D"],
+        value: Float[Tensor, "N K E"],
+        **kwargs: Any,
+    ) -> Float[Tensor, "N H E"]:
+        """Return the attention of each token to those of its row up to it."""
         sizes = [block.tokens for block in (self.prompts, *self.answers)]
-        (q, *queries), (k, *keys), (v, *values) = (x[0].transpose(0, 1).split(sizes) for x in (query, key, value))
+        (q, *queries), (k, *keys), (v, *values) = (x.split(sizes) for x in (query, key, value))
 
         def attended(block: Block, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             q, k, v = (x.transpose(1, 2) for x in (block.padded(q), k, v))
@@ -121,7 +129,7 @@ class Layout:
                 for of_prompts, x in zip((k, v), own, strict=True)
             )
             out.append(attended(block, q, all_k, all_v, block.mask(dtype)))
-        return torch.cat(out)[None]
+        return torch.cat(out)
 
 
 class Block:
@@ -208,7 +216,8 @@ def _attend(
     layout = getattr(attention_mask, LAYOUT, None)
     if layout is None or beyond_softmax(kwargs):
         raise NotPlainError(type(module).__name__)
-    return layout.attend(module, query, key, value, scaling=scaling, dropout=dropout), None
+    in_line = (x[0].transpose(0, 1) for x in (query, key, value))  # of [1, H, N, D]
+    return layout.attend(module, *in_line, scaling=scaling, dropout=dropout)[None], None
 
 
 AttentionInterface.register(NAME, _attend)

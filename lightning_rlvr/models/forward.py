@@ -206,14 +206,16 @@ def _difference(model: PreTrainedModel, batch: Rollouts) -> str | None:
     backbone = model.get_decoder()
     tolerance = PROBE_TOLERANCE.get(model.dtype, PROBE_TOLERANCE_WIDE)
     for scale in PROBE_SCALES:
-        hook = backbone.register_forward_hook(partial(_scale_states, scale))
+        # With nothing to scale there is no hook: some ways compute layers themselves, but not of a model that has one.
+        hook = backbone.register_forward_hook(partial(_scale_states, scale)) if scale > 1 else None
         try:
             with torch.autocast(model.device.type, enabled=False):
                 plain, packed = (way(model, batch, 1.0, False).logp for way in (_plain, _packed))
         except Exception as error:  # noqa: BLE001 - a model may fail in any way at what it was not made for
             return f"the packed way fails with {error!r}"
         finally:
-            hook.remove()
+            if hook is not None:
+                hook.remove()
         if scale > 1 and not plain.isfinite().all():
             continue
         if not (plain - packed).abs().max() <= tolerance * plain.abs().max():

@@ -119,13 +119,24 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            wide, w, scale = x.float().flatten(0, -2), weight.float(), scale.flatten()
-            pull = gradient.float().flatten(0, -2)
-            product = pull * wide
-            of_weight = (scale @ product).to(weight.dtype) if ctx.needs_input_grad[1] else None
-            along = (product @ w) * scale.pow(3) / len(w)
-            of_x = torch.mul(pull, w, out=product).mul_(scale[:, None]).addcmul_(wide, along[:, None], value=-1)
-        return of_x.view(x.shape).to(x.dtype), of_weight, None
+            wide, flat, pull = (part.float().flatten(0, -2) for part in (x, scale, gradient))
+            of_x, of_weight = rms_norm_pull(wide, weight.float(), flat, pull, ctx.needs_input_grad[1])
+        return of_x.view(x.shape).to(x.dtype), None if of_weight is None else of_weight.to(weight.dtype), None
+
+
+def rms_norm_pull(
+    x: Float[Tensor, "N H"],
+    weight: Float[Tensor, " H"],
+    scale: Float[Tensor, "N 1"],
+    pull: Float[Tensor, "N H"],
+    weight_needed: bool,
+) -> tuple[Float[Tensor, "N H"], Float[Tensor, " H"] | None]:
+    """Return the gradients of x and, if needed, of the weight from that of weight * x * scale, an RMSNorm's output."""
+    product, scale = pull * x, scale.flatten()
+    of_weight = scale @ product if weight_needed else None
+    along = (product @ weight) * scale.pow(3) / len(weight)
+    of_x = torch.mul(pull, weight, out=product).mul_(scale[:, None]).addcmul_(x, along[:, None], value=-1)
+    return of_x, of_weight
 
 
 def gated_mlp(module: Any, x: Float[Tensor, "*N H"]) -> Float[Tensor, "*N H"]:
@@ -138,7 +149,7 @@ def gated_mlp(module: Any, x: Float[Tensor, "*N H"]) -> Float[Tensor, "*N H"]:
         return value.shape if value.untyped_storage()._cdata == storage else value
 
     def again(kept: Tensor | torch.Size) -> Tensor:
-        return kept if isinstance(kept, Tensor) else _gated(act, gate.detach(), up.detach()).view(kept)
+        return kept if isinstance(kept, Tensor) else gated(act, gate.detach(), up.detach()).view(kept)
 
     with torch.autograd.graph.saved_tensors_hooks(keep, again):
         y: Tensor = module.down_proj(product)
@@ -150,7 +161,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
         ctx.act = act
         ctx.save_for_backward(gate, up)
-        return _gated(act, gate, up)
+        return gated(act, gate, up)
 
     @staticmethod
     @once_differentiable
@@ -163,6 +174,7 @@ class _Gated(torch.autograd.Function):
         return None, of_gate, gradient * activated.detach()
 
 
-def _gated(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+def gated(act: Callable[[Tensor], Tensor], gate: Float[Tensor, "N F"], up: Float[Tensor, "N F"]) -> Tensor:
+    """Return act(gate) * up, where nothing else holds what act returns."""
     activated = act(gate)
     return activated.mul_(up) if activated.dtype == up.dtype and activated is not gate else activated * up

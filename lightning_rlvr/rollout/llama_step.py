@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from lightning_rlvr.models.forward import sharded
+from lightning_rlvr.models.llama import FAMILY, is_unhooked, is_untouched, products
 from lightning_rlvr.rollout.linear import multiplied, packed, packs_weights
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from lightning_rlvr.rollout.shared_prefix import SharedPrefixLayer
 
-FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that are not those of a position alone
 
 
@@ -49,16 +49,15 @@ class LlamaStep:
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:
         """Say whether a model is of the family, with layers of its own class in float32, and on a CPU."""
-        kind, name = model.device.type, type(model).__name__
-        if name not in FAMILY or not type(model).__module__.startswith("transformers.models."):
+        kind, decoder, head = model.device.type, model.get_decoder(), model.get_output_embeddings()
+        if type(model).__name__ not in {f"{name}ForCausalLM" for name in FAMILY} or not is_untouched(decoder):
             return False
         if torch.is_autocast_enabled(kind) or not packs_weights(model, kind) or sharded(model):
             return False
         if (getattr(model.config, "rope_parameters", None) or {}).get("rope_type") in BY_LENGTH:
             return False
-        decoder: Any = model.get_decoder()
-        products = [model.get_output_embeddings(), *(part for layer in decoder.layers for part in _products(layer))]
-        return all(type(part) is nn.Linear for part in products) and all(map(_untouched, model.modules()))
+        wide = all(weight.dtype == torch.float32 for weight in model.parameters())
+        return wide and type(head) is nn.Linear and is_unhooked(head) and is_unhooked(model)
 
     def __call__(
         self, token: Int[Tensor, " R"], position: Int[Tensor, " R"], caches: Sequence[SharedPrefixLayer]
@@ -71,22 +70,10 @@ class LlamaStep:
         return self.head(_normalized(x, self.epsilon) * self.norm)
 
 
-def _products(layer: Any) -> list[Any]:
-    attention, mlp = layer.self_attn, layer.mlp
-    outer = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    return [*outer, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-
-
-def _untouched(part: nn.Module) -> bool:
-    """Say whether a part of a model computes what its class does, with float32 weights."""
-    hooked = "forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks
-    return not hooked and all(weight.dtype == torch.float32 for weight in part.parameters(recurse=False))
-
-
 class _Layer:
     def __init__(self, layer: Any) -> None:
         attention = layer.self_attn
-        query, key, value, output, gate, up, down = _products(layer)
+        query, key, value, output, gate, up, down = products(layer)
         self.width, self.scaling = attention.head_dim, attention.scaling
         self.heads = [part.out_features // self.width for part in (query, key)]
         self.inputs, self.output = _Product([query, key, value], layer.input_layernorm), _Product([output])

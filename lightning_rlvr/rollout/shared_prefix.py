@@ -346,12 +346,20 @@ class SharedPrefixLayer(DynamicLayer):
         had, columns, rows = self.own_keys.shape[2], self.layout.columns, len(self.layout.group)
         if had == columns:
             return
-        wider = []
-        for room, own in zip(self.rooms, (self.own_keys, self.own_values), strict=True):
-            held = own[:rows].clone()
-            wider.append(_first(room, *own.shape[:2], columns, own.shape[3]))
-            wider[-1][:rows, :, :had], wider[-1][:rows, :, had:] = held, 0
-        self.own_keys, self.own_values = wider
+        keys, values = (
+            _first(room, *own.shape[:2], columns, own.shape[3])
+            for room, own in zip(self.rooms, (self.own_keys, self.own_values), strict=True)
+        )
+        for wide, own in ((keys, self.own_keys), (values, self.own_values)):
+            new, old = wide.flatten(0, 1), own.flatten(0, 1)
+            end = rows * own.shape[1]
+            while end > 1:  # in place, from the last on: at a time those whose new places begin behind all old ones
+                start = min(-(-end * had // columns), end - 1)
+                moved = old[start:end]
+                new[start:end, :had] = moved if start * columns >= end * had else moved.clone()
+                end = start
+            wide[:rows, :, had:] = 0
+        self.own_keys, self.own_values = keys, values
 
     def _roomy(self, prompts: Float[Tensor, "B K P D"]) -> Float[Tensor, "C K P D"]:
         missing = self.layout.room - len(prompts)

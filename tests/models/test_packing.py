@@ -340,8 +340,8 @@ def loss_of(model, rollouts):
     return response_loss(model, rollouts, 1.0, lambda values, rows: values.logp.sum())
 
 
-def test_in_one_pass_no_gradient_waits_for_another():
-    model = built("Llama", tie_word_embeddings=False)
+def test_in_one_pass_no_gradient_waits_for_those_of_other_layers():
+    model = built("Llama", tie_word_embeddings=False, num_hidden_layers=8)
     layers = sum(p.nbytes for p in model.model.layers.parameters())
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
