@@ -18,6 +18,14 @@ SIZES = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
+LLAMA3_ANGLES = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 
 def built(name, **settings):

@@ -145,7 +145,7 @@ class _Before(torch.autograd.Function):
         needed = ctx.needs_input_grad[5:]
         half, normed = cos.shape[-1] // 2, _normed(x, scale, norm)
         back = sin.roll(half, dims=-1)
-        of_normed, of_weights, of_heads = torch.zeros_like(x), [], []
+        of_normed, of_weights, of_heads = torch.empty_like(x), [], []
         for i, pull in enumerate(pulls):
             if i < 2:
                 pull = torch.addcmul(pull * cos, pull.roll(half, dims=-1), back)

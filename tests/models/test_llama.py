@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from packed import batch, built, distance, gradients
+from packed import LLAMA3_ANGLES, batch, built, distance, gradients
 from support import TinyPolicy, exact
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,18 +12,10 @@ from lightning_rlvr.models.forward import packs, response_logp, response_loss
 from lightning_rlvr.preflight.trace import LiveBytes
 
 pytestmark = pytest.mark.usefixtures("lean_however_small")
-SCALED = {
-    "rope_type": "llama3",
-    "rope_theta": 100.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 MODELS = {
     "llama": ("Llama", {}),
     "llama, gelu": ("Llama", {"hidden_act": "gelu_pytorch_tanh"}),
-    "llama, scaled angles": ("Llama", {"rope_parameters": SCALED}),
+    "llama, scaled angles": ("Llama", {"rope_parameters": LLAMA3_ANGLES}),
     "mistral, a head of its own width": ("Mistral", {"head_dim": 16, "sliding_window": None}),
     "qwen2, biases": ("Qwen2", {}),
     "qwen3, norms of heads": ("Qwen3", {}),

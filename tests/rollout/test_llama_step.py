@@ -3,6 +3,7 @@
 import pytest
 import torch
 from decoding import SHARED, build, generate
+from packed import LLAMA3_ANGLES
 from torch import nn
 
 from lightning_rlvr.models.lean import lean_layers
@@ -16,16 +17,7 @@ VARIANTS = {
     "untied": {"tie_word_embeddings": False},
     "biased": {"attention_bias": True},
     "scaled angles": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}},
-    "llama3 angles": {
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 100.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 16,
-        }
-    },
+    "llama3 angles": {"rope_parameters": LLAMA3_ANGLES},
     "gelu": {"hidden_act": "gelu"},
 }
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
