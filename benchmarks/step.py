@@ -8,7 +8,7 @@ TRL is needed for this alone: pip install trl. Each side is a process of its own
 one uncounted step each, so that both see the same machine and each has its own memory. Both train in float32 with
 DAPO's loss and a fused AdamW, and nothing logged. TRL has no checkpointing, sdpa attention, a dynamic cache, and the
 rows in a pass that were found fastest for it on two cores. On W1 ours are fewer, which takes less memory and as much
-time. On W2 they are the 8 that share a prompt.
+time; with geometric lengths fewer still, as each pass is then of more rows. On W2 they are the 8 that share a prompt.
 
 The arithmetic floor is 2 operations for each parameter and token that is read forward, and 6 in the update, the head's
 included and each prompt counted once for its responses, over the rate of a product of 1024 x 1024 matrices, measured in
@@ -34,9 +34,9 @@ import torch
 from benchmarks import record
 from benchmarks.sides import PARTS, Settings
 
-# Rows in a pass, by device.
+# Rows in a pass, by device, side and workload.
 MICRO_BATCH = {
-    "cpu": {"ours": {"W1": 24, "W2": 8}, "trl": {"W1": 32, "W2": 8}},
+    "cpu": {"ours": {"W1": 24, "W1 geometric": 16, "W2": 8}, "trl": {"W1": 32, "W2": 8}},
     "cuda": {"ours": {"W2": 32, "W3": 16}, "trl": {"W2": 32, "W3": 16}},
 }
 SIZE = {"cpu": 1024, "cuda": 8192}  # of the matrices whose product tells the machine's rate
@@ -120,8 +120,8 @@ def floor_operations(settings: Settings) -> tuple[int, int]:
 
 def against_trl(settings: Settings, rounds: int) -> dict[str, object]:
     """Compare a step of ours with one of TRL's."""
-    rows = MICRO_BATCH[settings.device]
-    sides = {side: replace(settings, micro_batch=rows[side][settings.workload]) for side in rows}
+    trl = replace(settings, micro_batch=MICRO_BATCH[settings.device]["trl"][settings.workload])
+    sides = {"ours": settings, "trl": trl}
     said, rates = in_turns(sides, rounds, settings.device)
     seconds = {name: [answer["seconds"] for answer in answers] for name, answers in said.items()}
     operations, tokens = floor_operations(settings)
@@ -185,13 +185,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, help="fewer prompts than the workload has")
     parser.add_argument("--tokens", type=int, help="fewer tokens than the workload samples")
     args = parser.parse_args()
+    ours = MICRO_BATCH[args.device]["ours"]
     most = {"W1": (32, 64), "W2": (4, 128), "W3": (16, 512)}[args.workload]
     settings = Settings(
         workload=args.workload,
         lengths=args.lengths,
         reference=args.reference,
         updates=args.updates,
-        micro_batch=MICRO_BATCH[args.device]["ours"][args.workload],
+        micro_batch=ours.get(f"{args.workload} {args.lengths}") or ours[args.workload],
         steps=args.rounds + 1,
         prompts=args.prompts or most[0],
         tokens=args.tokens or most[1],
