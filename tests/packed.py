@@ -40,6 +40,16 @@ def built(name, **settings):
     return model
 
 
+def unlike_a_fresh_one(model):
+    """Move biases and norms from 0 and 1."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 1:
+                weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.2)
+    return model
+
+
 def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 

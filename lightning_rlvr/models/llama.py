@@ -43,8 +43,21 @@ def products(layer: Any) -> list[Any]:
 
 def is_unhooked(part: nn.Module) -> bool:
     """Say whether nothing else is computed when a module is called, or its gradient."""
-    before, after = (part._forward_pre_hooks, part._backward_pre_hooks), (part._forward_hooks, part._backward_hooks)
-    return "forward" not in vars(part) and not any((*before, *after))
+    hooks = (part._forward_pre_hooks, part._forward_hooks, part._backward_pre_hooks, part._backward_hooks)
+    return "forward" not in vars(part) and not any(hooks)
+
+
+def signed(sin: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
+    """Return sines as `rotated` takes them."""
+    first, second = sin.chunk(2, dim=-1)
+    return torch.cat([-first, second], dim=-1)
+
+
+def rotated(
+    heads: Float[Tensor, "N H D"], cos: Float[Tensor, "N 1 D"], sin: Float[Tensor, "N 1 D"]
+) -> Float[Tensor, "N H D"]:
+    """Return queries or keys with the halves of each turned by the angles of its position. Source: arXiv 2104.09864."""
+    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, dims=-1), sin)
 
 
 def runs(decoder: Any) -> bool:
@@ -70,8 +83,7 @@ def run(decoder: Any, ids: Int[Tensor, " N"], position: Int[Tensor, " N"], atten
     """Return the last hidden states of tokens in a line, of which only attention knows which see which."""
     x = decoder.embed_tokens(ids)
     cos, sin = (angles[0, :, None] for angles in decoder.rotary_emb(x[None], position[None]))
-    first, second = sin.chunk(2, dim=-1)
-    sin = torch.cat([-first, second], dim=-1)
+    sin = signed(sin)
     for layer in decoder.layers[: decoder.config.num_hidden_layers]:
         attention, (query, key, value, output, *inner) = layer.self_attn, products(layer)
         norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
@@ -123,7 +135,7 @@ class _Before(torch.autograd.Function):
         *weights: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         matrices, biases, norms = weights[:3], weights[3:6], weights[6:]
-        half, scale = cos.shape[-1] // 2, _scale(x, epsilons[0])
+        scale = _scale(x, epsilons[0])
         normed = _normed(x, scale, norm)
         out: list[Tensor] = []
         kept: list[Tensor] = []
@@ -133,7 +145,7 @@ class _Before(torch.autograd.Function):
                 kept += [heads, _scale(heads, epsilon)]
                 heads = _normed(kept[-2], kept[-1], of_head)
             out.append(heads.view(len(x), -1, cos.shape[-1]))
-        query, key = (torch.addcmul(heads * cos, heads.roll(half, dims=-1), sin) for heads in out[:2])
+        query, key = (rotated(heads, cos, sin) for heads in out[:2])
         ctx.save_for_backward(x, scale, norm, cos, sin, *matrices, *norms, *kept)
         return query, key, out[2]
 
@@ -143,12 +155,11 @@ class _Before(torch.autograd.Function):
         x, scale, norm, cos, sin, *saved = ctx.saved_tensors
         matrices, norms, kept = saved[:3], saved[3:5], saved[5:]
         needed = ctx.needs_input_grad[5:]
-        half, normed = cos.shape[-1] // 2, _normed(x, scale, norm)
-        back = sin.roll(half, dims=-1)
+        normed, back = _normed(x, scale, norm), sin.roll(cos.shape[-1] // 2, dims=-1)
         of_normed, of_weights, of_heads = torch.empty_like(x), [], []
         for i, pull in enumerate(pulls):
             if i < 2:
-                pull = torch.addcmul(pull * cos, pull.roll(half, dims=-1), back)
+                pull = rotated(pull, cos, back)
                 of_head = None
                 if norms[i] is not None:
                     heads, of_scale = kept[2 * i : 2 * i + 2]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from lightning_rlvr.models.forward import sharded
-from lightning_rlvr.models.llama import FAMILY, is_unhooked, is_untouched, products
+from lightning_rlvr.models.llama import FAMILY, is_unhooked, is_untouched, products, rotated, signed
 from lightning_rlvr.rollout.linear import multiplied, packed, packs_weights
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ class LlamaStep:
         self.norm, self.epsilon = decoder.norm.weight, torch.tensor(decoder.norm.variance_epsilon)
         self.head = _Product([model.get_output_embeddings()])
         cos, sin = decoder.rotary_emb(self.embedding, torch.arange(positions)[None])
-        first, second = sin[0].chunk(2, dim=-1)
-        self.angles = torch.stack([cos[0], torch.cat([-first, second], dim=-1)], dim=1)[:, :, None]
+        self.angles = torch.stack([cos[0], signed(sin[0])], dim=1)[:, :, None]
 
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:
@@ -92,8 +91,7 @@ class _Layer:
         turned = heads[:, : sum(self.heads)]
         if self.norms is not None:
             turned = _normalized(turned, self.epsilon) * self.norms
-        turned = torch.addcmul(turned * cos, turned.roll(self.width // 2, dims=-1), sin)
-        query, key = turned.split(self.heads, dim=1)
+        query, key = rotated(turned, cos, sin).split(self.heads, dim=1)
         cache.store(key, heads[:, sum(self.heads) :])
         x = self.output(cache.attend(query[:, :, None], self.scaling).view(len(x), -1)).add_(x)
         gate, up = self.inner(x).chunk(2, dim=-1)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from packed import LLAMA3_ANGLES, batch, built, distance, gradients
+from packed import LLAMA3_ANGLES, batch, built, distance, gradients, unlike_a_fresh_one
 from support import TinyPolicy, exact
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,14 +24,7 @@ MODELS = {
 
 
 def made(name, **settings):
-    """A model whose biases and norms are not those of a fresh one."""
-    model = built(name, **{"tie_word_embeddings": False} | settings)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() == 1:
-                weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.3)
-    return model
+    return unlike_a_fresh_one(built(name, **{"tie_word_embeddings": False} | settings))
 
 
 def loss_of(model):

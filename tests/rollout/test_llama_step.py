@@ -3,7 +3,7 @@
 import pytest
 import torch
 from decoding import SHARED, build, generate
-from packed import LLAMA3_ANGLES
+from packed import LLAMA3_ANGLES, unlike_a_fresh_one
 from torch import nn
 
 from lightning_rlvr.models.lean import lean_layers
@@ -24,14 +24,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 
 def made(name, **settings):
-    """A tiny model in float32, whose biases and norms are not those of a fresh one."""
-    model = build(name, "shared", torch.float32, **settings)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() == 1:
-                weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.2)
-    return model
+    return unlike_a_fresh_one(build(name, "shared", torch.float32, **settings))
 
 
 @pytest.fixture
