@@ -29,16 +29,16 @@ from lightning_rlvr.types import Sampling
 class GivenLengths(TransformersEngine):
     """The engine, with responses that end at lengths given beforehand."""
 
-    lengths: Tensor
+    lengths: Tensor  # on the model's device
 
     def _ends(self, token: Tensor, row: Tensor, length: Tensor) -> Tensor:
-        return length >= self.lengths.to(row.device)[row]
+        return length >= self.lengths[row]
 
 
 def ours(work: Workload, lengths: Tensor, seed: int) -> float:
     """Sample all responses; return seconds."""
     engine = GivenLengths(work.model, [work.eos_id], work.pad_id)
-    engine.lengths = lengths
+    engine.lengths = lengths.to(work.model.device)
     seeds = [seed * len(work.prompts) + i for i in range(len(work.prompts))]
     start = time.perf_counter()
     rollouts = engine.generate(work.prompts, seeds, work.group_size, Sampling(work.max_new_tokens))

@@ -138,7 +138,7 @@ def ours(settings: Settings, turns: Turns) -> None:
         @property
         def engine(self) -> GivenLengths:
             engine = GivenLengths(self.policy, [work.eos_id], work.pad_id, self.rollout_rows)
-            engine.lengths = lengths
+            engine.lengths = lengths.to(work.model.device)
             return engine
 
         def encode(self, text: str) -> list[int]:

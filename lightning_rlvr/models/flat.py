@@ -90,13 +90,14 @@ class Layout:
         ends, starts = list(accumulate(prompts)), accumulate(read, initial=sum(prompts))
         places = [range(length) for length in prompts]
         places += [range(prompts[p], prompts[p] + length) for p, length in zip(whose, read, strict=True)]
-        self.position = torch.tensor([place for row in places for place in row], device=device)
+        self.position = _joined(places, device)
         before = [
-            at
+            part
             for p, start, length in zip(whose, starts, responses, strict=False)
-            for at in ([ends[p] - 1, *range(start, start + length - 1)] if length else ())
+            if length
+            for part in (range(ends[p] - 1, ends[p]), range(start, start + length - 1))
         ]
-        self.predicting = torch.tensor(before, dtype=torch.long, device=device)
+        self.predicting = _joined(before, device)
         self.prompts, self.answers = Block(prompts, device), []
         rows = sum(length > 0 for length in read)
         padding = CPU_PADDING if device.type == "cpu" else ACCELERATOR_PADDING
@@ -132,14 +133,18 @@ class Layout:
         return torch.cat(out)
 
 
+def _joined(parts: Sequence[range], device: torch.device) -> Int[Tensor, " N"]:
+    return torch.cat([torch.arange(part.start, part.stop) for part in [range(0), *parts]]).to(device)
+
+
 class Block:
     """Rows of tokens that attend together."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.rows, self.width, self.tokens = len(lengths), max(lengths), sum(lengths)
-        places = [row * self.width + at for row, length in enumerate(lengths) for at in range(length)]
+        places = [range(row * self.width, row * self.width + length) for row, length in enumerate(lengths)]
         full = self.tokens == self.rows * self.width
-        self.place = None if full else torch.tensor(places, device=device)
+        self.place = None if full else _joined(places, device)
 
     def padded(self, x: Float[Tensor, "M H D"]) -> Float[Tensor, "n T H D"]:
         """Lay the tokens of rows side by side."""

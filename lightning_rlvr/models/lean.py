@@ -2,6 +2,7 @@
 
 An RMSNorm keeps its input and a number for each token, in place of what each of its operations would keep. A gated MLP
 keeps what its two inner products gave, and makes the rest again. What is not kept need not be written and read either.
+On a GPU each of both is one kernel, and its gradient another: they give what the layers gave but for rounding.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lightning_rlvr.kernels import available
+
 Forward = Callable[[Any, Tensor], Tensor]  # of a module and its input
 LEAST = 2**16  # numbers in a layer's input: of fewer, the memory is not worth the calls
 INNER = ("gate_proj", "up_proj", "down_proj")
@@ -25,11 +28,13 @@ INNER = ("gate_proj", "up_proj", "down_proj")
 
 @contextmanager
 def lean_layers(backbone: nn.Module) -> Iterator[None]:
-    """Let the layers of a backbone that can be lean be so, where gradients are on.
+    """Let the layers of a backbone that can be lean be so, where gradients are on, and where kernels make them faster.
 
     Where layers are recomputed none is: what they keep would live as long as without.
     """
-    chosen = find_lean(backbone) if torch.is_grad_enabled() and not recomputes(backbone) else {}
+    weight = next(backbone.parameters())
+    pays = torch.is_grad_enabled() or available(weight.dtype, weight.device)
+    chosen = find_lean(backbone) if pays and not recomputes(backbone) else {}
     modules = [(backbone.get_submodule(name), forward) for name, forward in chosen.items()]
     modules = [(module, forward) for module, forward in modules if "forward" not in vars(module)]  # another's stays
     try:
@@ -107,6 +112,13 @@ def rms_norm(module: Any, x: Float[Tensor, "*N H"]) -> Float[Tensor, "*N H"]:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        ctx.kernels = available(x.dtype, x.device)
+        if ctx.kernels:
+            from lightning_rlvr.kernels import layers
+
+            y, scale = layers.norm(x.flatten(0, -2).contiguous(), weight, epsilon)
+            ctx.save_for_backward(x, weight, scale)
+            return y.view(x.shape)
         wide = x.to(torch.float32)
         y = wide.pow(2)
         scale = torch.rsqrt(y.mean(-1, keepdim=True) + epsilon)
@@ -118,6 +130,12 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
+        if ctx.kernels:
+            from lightning_rlvr.kernels import layers
+
+            pull, flat = (part.flatten(0, -2).contiguous() for part in (gradient, x))
+            of_x, of_weight = layers.norm_pull(pull, flat, weight, scale, ctx.needs_input_grad[1])
+            return of_x.view(x.shape), of_weight, None
         with torch.autocast(x.device.type, enabled=False):
             wide, flat, pull = (part.float().flatten(0, -2) for part in (x, scale, gradient))
             of_x, of_weight = rms_norm_pull(wide, weight.float(), flat, pull, ctx.needs_input_grad[1])
@@ -167,6 +185,12 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
         gate, up = ctx.saved_tensors
+        if _by_kernel(ctx.act, gate, up):
+            from lightning_rlvr.kernels import layers
+
+            flat = (part.flatten(0, -2).contiguous() for part in (gradient, gate, up))
+            of_gate, of_up = layers.gated_pull(*flat)
+            return None, of_gate.view(gate.shape), of_up.view(gate.shape)
         with torch.enable_grad():
             gate = gate.detach().requires_grad_()
             activated = ctx.act(gate)
@@ -176,5 +200,18 @@ class _Gated(torch.autograd.Function):
 
 def gated(act: Callable[[Tensor], Tensor], gate: Float[Tensor, "N F"], up: Float[Tensor, "N F"]) -> Tensor:
     """Return act(gate) * up, where nothing else holds what act returns."""
+    if _by_kernel(act, gate, up):
+        from lightning_rlvr.kernels import layers
+
+        return layers.gated(*(part.flatten(0, -2).contiguous() for part in (gate, up))).view(gate.shape)
     activated = act(gate)
     return activated.mul_(up) if activated.dtype == up.dtype and activated is not gate else activated * up
+
+
+def is_silu(act: Any) -> bool:
+    """Say whether an activation is x sigmoid(x)."""
+    return type(act).__name__ in ("SiLU", "SiLUActivation")
+
+
+def _by_kernel(act: Any, gate: Tensor, up: Tensor) -> bool:
+    return available(gate.dtype, gate.device) and gate.dtype == up.dtype and is_silu(act)

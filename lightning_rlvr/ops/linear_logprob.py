@@ -13,6 +13,9 @@ logits are there.
 
 Products take factors of the inputs' dtype (autocast's where that is on) and add in float32, unless all is float64.
 What is between them, and the sums over chunks, is float32; a gradient is rounded to its input's dtype once.
+
+On a GPU what is between products is two kernels, see kernels/vocabulary.py: the buffer holds logits then, and the
+gradient is made in another one, of the factors' dtype.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_rlvr.kernels import available
 from lightning_rlvr.ops.logprob import log_softmax, token_logp
 
 # Logits held at a time. On an accelerator products must be large to be fast; neither size is sensitive to a factor 2.
@@ -175,6 +179,8 @@ class _Head:
         self.step = max(1, CACHED_BYTES // row_bytes) if self.on_cpu else self.chunk
         size = (min(self.chunk, len(target)), len(self.weight))
         self.buffer = torch.empty(size, dtype=self.dtype, device=self.weight.device)
+        self.kernels = available(self.dtype, self.weight.device)
+        self.total = self.pulled = self.buffer[:0]  # with kernels: logsumexp of what the buffer holds; its gradient
 
     def factor(self, x: Tensor) -> Tensor:
         """Round to the factors' dtype, and widen again on CPU, whose products add in float32 only if factors are it."""
@@ -197,6 +203,9 @@ class _Head:
         if self.bias is not None:
             logits.copy_(self.bias)
         _add_product(logits, self.factor(self.hidden[part]), self.matrix.t(), keep=self.bias is not None)
+        if self.kernels:
+            self._fill(logits, part, values)
+            return
         for at in _cut(0, size, self.step):
             logp = log_softmax(logits[at], self.temperature)
             logits[at] = logp
@@ -206,9 +215,21 @@ class _Head:
                 if values.entropy is not None:
                     values.entropy[tokens] = -(logp.exp() * logp.clamp_(min=FLOOR)).sum(dim=-1)
 
+    def _fill(self, logits: Tensor, part: slice, values: HeadValues | None) -> None:
+        from lightning_rlvr.kernels import vocabulary
+
+        asked = values is not None and values.entropy is not None
+        logp, entropy, self.total = vocabulary.values(logits, self.target[part, 0], self.temperature, asked)
+        if values is not None:
+            values.logp[part] = logp
+            if values.entropy is not None:
+                values.entropy[part] = entropy
+
     def gradient(self, part: slice, values: HeadValues, pull: HeadValues) -> Tensor:
-        """Turn the log-probabilities in the buffer into the gradient of the logits; `pull` is that of the values."""
+        """Turn what is in the buffer into the gradient of the logits; `pull` is that of the values."""
         whole = self.buffer[: part.stop - part.start]
+        if self.kernels:
+            return self._gradient(whole, part, values, pull)
         pull_logp = pull.logp.unsqueeze(-1) / self.temperature
         for at in _cut(0, len(whole), self.step):
             logp = whole[at]
@@ -221,6 +242,18 @@ class _Head:
                 logp.clamp_(min=FLOOR).add_(information).mul_(-pull_entropy).sub_(pull_logp[at]).mul_(p)
         whole.scatter_add_(1, self.target[part], pull_logp)
         return whole
+
+    def _gradient(self, logits: Tensor, part: slice, values: HeadValues, pull: HeadValues) -> Tensor:
+        from lightning_rlvr.kernels import vocabulary
+
+        if not len(self.pulled):
+            alike = self.matrix.dtype == self.dtype
+            self.pulled = self.buffer if alike else torch.empty_like(self.buffer, dtype=self.matrix.dtype)
+        out = self.pulled[: len(logits)]
+        entropy = None if pull.entropy is None or values.entropy is None else values.entropy[part]
+        pulls = pull.logp.contiguous(), None if pull.entropy is None else pull.entropy.contiguous()
+        vocabulary.gradient(logits, self.target[part, 0], entropy, self.total, *pulls, self.temperature, out)
+        return out
 
 
 class _Sums:
@@ -245,7 +278,7 @@ class _Sums:
         if weight is not None:
             _add_product(weight, factor.t(), self.head.factor(self.head.hidden[part]), keep=self._begun)
         if bias is not None:
-            torch.add(bias if self._begun else 0, gradient.sum(dim=0), out=bias)
+            torch.add(bias if self._begun else 0, gradient.sum(dim=0, dtype=bias.dtype), out=bias)
         self._begun = True
 
     def gradients(self) -> list[Tensor | None]:

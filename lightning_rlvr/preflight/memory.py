@@ -17,6 +17,7 @@ from lightning_rlvr.models.packing import parts_of
 from lightning_rlvr.ops.linear_logprob import ACCELERATOR_BYTES, CPU_BYTES
 from lightning_rlvr.preflight.trace import optimizer_step, prompt_pass, update_pass
 from lightning_rlvr.rollout.linear import packs_weights
+from lightning_rlvr.rollout.llama_gpu import merged_bytes
 from lightning_rlvr.types import Rollouts
 
 if TYPE_CHECKING:
@@ -168,7 +169,11 @@ class Vocabulary:
         """Return the most bytes while values and gradient are formed, and those of the gradient that is kept."""
         most = ACCELERATOR_BYTES if self.place.accelerator else CPU_BYTES
         buffer = min(max(1, most // (4 * self.size)), tokens) * self.size * 4
-        copies = 3 * buffer if with_entropy else (1 + (temperature != 1.0)) * buffer  # of what the buffer holds
+        factors = 2 if self.place.autocast is not None else self.weight_bytes
+        # Of what the buffer holds; by kernels nothing but the gradient in the factors' dtype, where that is another.
+        copies = buffer * factors // 4 if gradient and factors < 4 else 0
+        if factors > 4:
+            copies = 3 * buffer if with_entropy else (1 + (temperature != 1.0)) * buffer
         matrix = 0
         if self.place.autocast is not None:  # rounded, and on a CPU widened again
             matrix = self.size * self.hidden * (2 if self.place.accelerator else 6)
@@ -209,14 +214,16 @@ def _rollout(model: PreTrainedModel, work: Work, place: Placement, vocabulary: V
 
 
 def _prepared_weights(model: PreTrainedModel, place: Placement) -> int:
-    """Return the bytes of what decoding steps keep of the weights of linear layers, rounded or packed.
+    """Return the bytes of what decoding steps keep of the weights of linear layers: rounded, packed or side by side.
 
     Under autocast, weights that are gathered come rounded.
     """
+    if place.accelerator and place.autocast is None:
+        return merged_bytes(model) if place.weights == 1 else 0
     if place.autocast is not None:
         each = place.autocast.itemsize if place.weights == 1 else 0
     else:
-        each = 4 if packs_weights(model, "cuda" if place.accelerator else "cpu") else 0
+        each = 4 if packs_weights(model, "cpu") else 0
     linear = [part.weight for part in model.modules() if type(part) is nn.Linear]
     return sum(weight.numel() for weight in linear if weight.dtype == torch.float32) * each
 

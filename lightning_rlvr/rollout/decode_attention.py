@@ -10,7 +10,6 @@ Products take factors of the keys' dtype and add in float32; the softmax is floa
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lightning_rlvr.rollout.shared_prefix import SharedPrefixLayer
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PROGRAMS = 264  # wanted: two for each multiprocessor of an H100
 MOST_PARTS = 16
 
@@ -41,17 +39,12 @@ class Seen(NamedTuple):
     step: Int[Tensor, " 1"]
 
 
-def available(dtype: torch.dtype, device: torch.device) -> bool:
-    """Say whether there is a kernel for keys of that dtype there."""
-    return device.type == "cuda" and dtype in DTYPES and find_spec("triton") is not None
-
-
 def attend(query: Float[Tensor, "R H 1 D"], layer: SharedPrefixLayer, seen: Seen, scaling: float) -> Tensor:
     """Return softmax(query @ keys * scaling) @ values over what each row sees, [R, 1, H, D]; 0 for one that sees none.
 
     Keys and values must be of one width, and contiguous in it.
     """
-    from lightning_rlvr import kernels
+    from lightning_rlvr.kernels import decoding
 
     (R, H, _, D), K = query.shape, layer.own_keys.shape[1]
     query = query.reshape(R, H, D).to(layer.own_keys.dtype).contiguous()
@@ -59,7 +52,7 @@ def attend(query: Float[Tensor, "R H 1 D"], layer: SharedPrefixLayer, seen: Seen
     out = query.new_empty(R, H, parts, D, dtype=torch.float32 if parts > 1 else query.dtype)
     mass = query.new_empty(R, H, parts, dtype=torch.float32)
     prompts, own = (layer.prompt_keys, layer.prompt_values), (layer.own_keys, layer.own_values)
-    kernels.decode_attention(query, prompts, own, seen, out, mass, scaling)
+    decoding.decode_attention(query, prompts, own, seen, out, mass, scaling)
     if parts > 1:
         out = (mass.softmax(dim=-1).unsqueeze(-1) * out).sum(dim=2).to(query.dtype)
     return out.view(R, 1, H, D)

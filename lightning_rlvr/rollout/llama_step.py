@@ -48,15 +48,10 @@ class LlamaStep:
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:
         """Say whether a model is of the family, with layers of its own class in float32, and on a CPU."""
-        kind, decoder, head = model.device.type, model.get_decoder(), model.get_output_embeddings()
-        if type(model).__name__ not in {f"{name}ForCausalLM" for name in FAMILY} or not is_untouched(decoder):
+        kind = model.device.type
+        if torch.is_autocast_enabled(kind) or not packs_weights(model, kind) or not is_plain_llama(model):
             return False
-        if torch.is_autocast_enabled(kind) or not packs_weights(model, kind) or sharded(model):
-            return False
-        if (getattr(model.config, "rope_parameters", None) or {}).get("rope_type") in BY_LENGTH:
-            return False
-        wide = all(weight.dtype == torch.float32 for weight in model.parameters())
-        return wide and type(head) is nn.Linear and is_unhooked(head) and is_unhooked(model)
+        return all(weight.dtype == torch.float32 for weight in model.parameters())
 
     def __call__(
         self, token: Int[Tensor, " R"], position: Int[Tensor, " R"], caches: Sequence[SharedPrefixLayer]
@@ -67,6 +62,16 @@ class LlamaStep:
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, cos, sin, cache)
         return self.head(_normalized(x, self.epsilon) * self.norm)
+
+
+def is_plain_llama(model: PreTrainedModel) -> bool:
+    """Say whether a model is of the family, all of its parts are as their classes say, and so are its angles."""
+    if type(model).__name__ not in {f"{name}ForCausalLM" for name in FAMILY} or not is_untouched(model.get_decoder()):
+        return False
+    by_length = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type") in BY_LENGTH
+    head = model.get_output_embeddings()
+    plain = type(head) is nn.Linear and is_unhooked(head) and is_unhooked(model)
+    return plain and not by_length and not sharded(model)
 
 
 class _Layer:

@@ -25,13 +25,16 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
+from lightning_rlvr.kernels import available
 from lightning_rlvr.models.attention import NotPlainError, beyond_softmax
+from lightning_rlvr.models.forward import PROBE_TOLERANCE
 from lightning_rlvr.models.memory import out_of_memory
 from lightning_rlvr.rollout import decode_attention
 from lightning_rlvr.rollout.decode_attention import Seen
 from lightning_rlvr.rollout.decoder import Decoder, read_prompts
 from lightning_rlvr.rollout.graphs import Graphs, rows_for
 from lightning_rlvr.rollout.linear import linears
+from lightning_rlvr.rollout.llama_gpu import LlamaGpuStep
 from lightning_rlvr.rollout.llama_step import LlamaStep
 
 if TYPE_CHECKING:
@@ -41,7 +44,7 @@ NAME = "lightning_rlvr_shared_prefix"
 LAYER = "shared_prefix_layer"  # attribute of the keys and values that a layer hands to its attention
 NEVER = 1 << 30  # the step in which a row begins that stands for none
 COLUMNS = 16  # of a response at first
-AGREES = 1e-4  # of the greatest logit: differences of rounding are 100 times less
+AGREES = 1e-4  # of the greatest logit, in float32: differences of rounding are 100 times less
 
 
 class SharedPrefixDecoder(Decoder):
@@ -60,7 +63,7 @@ class SharedPrefixDecoder(Decoder):
     def __init__(self, model: PreTrainedModel, rows: int, limit: int) -> None:
         self.model, self.rows, self.limit = model, rows, limit
         self.layout = Layout(model.device)
-        self.few_calls: LlamaStep | None = None
+        self.few_calls: LlamaStep | LlamaGpuStep | None = None
         self.graphs: Graphs | None = None
         self.linears: AbstractContextManager[Any] = nullcontext()
         self.plain = False  # as far as is known
@@ -78,6 +81,8 @@ class SharedPrefixDecoder(Decoder):
             self.graphs = Graphs.of(self.model) if kernel else None
             if LlamaStep.supports(self.model):
                 self.few_calls = LlamaStep(self.model, ids.shape[1] + self.limit)
+            elif kernel and LlamaGpuStep.supports(self.model):
+                self.few_calls = LlamaGpuStep(self.model, ids.shape[1] + self.limit)
             self.linears = nullcontext() if self.few_calls else linears(self.model)
             self.logits = logits.new_empty(self.rows if self.graphs else 0, logits.shape[1])
         if layout.make_room(len(lengths)) and self.graphs:
@@ -90,14 +95,14 @@ class SharedPrefixDecoder(Decoder):
     def step(self, token: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
         """Pass a token of each row through the model, with its attention replaced."""
         self.layout.open_column()
-        if self.few_calls is not None:
-            logits = self._in_few_calls(token, self.few_calls)
-        else:
-            logits = self._by_graph(token) if self.graphs and self.plain else self._pass(token)
+        logits = self._by_graph(token) if self.graphs and self.plain else self._directly(token)
         self.layout.close_column()
         return logits
 
-    def _in_few_calls(self, token: Int[Tensor, " R"], step: LlamaStep) -> Float[Tensor, "R V"]:
+    def _directly(self, token: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
+        return self._pass(token) if self.few_calls is None else self._in_few_calls(token, self.few_calls)
+
+    def _in_few_calls(self, token: Int[Tensor, " R"], step: LlamaStep | LlamaGpuStep) -> Float[Tensor, "R V"]:
         """Do a step by what is known of the model's layers; the first time, see whether the model says the same.
 
         The result is that of a later time to the bit: runs that go on in another process depend on it.
@@ -105,8 +110,10 @@ class SharedPrefixDecoder(Decoder):
         known = self.model in _IN_FEW_CALLS
         own = None if known else self._pass(token)
         logits = step(token, self.layout.position[: len(token), 0], self.layers)  # the keys that stay are its own
-        if own is None or torch.allclose(logits, own, rtol=0, atol=AGREES * float(own.abs().max())):
+        agrees = PROBE_TOLERANCE.get(logits.dtype, AGREES)
+        if own is None or torch.allclose(logits, own, rtol=0, atol=agrees * float(own.abs().max())):
             _IN_FEW_CALLS.add(self.model)
+            self.plain = True
             return logits
         self.few_calls, self.linears = None, linears(self.model)
         return self._pass(token)
@@ -118,7 +125,7 @@ class SharedPrefixDecoder(Decoder):
         self.layout.token[:count] = token
 
         def compute() -> None:
-            self.logits[:rows] = self._pass(self.layout.token[:rows])
+            self.logits[:rows] = self._directly(self.layout.token[:rows])
 
         try:
             self.graphs.run(rows, compute)
@@ -128,7 +135,7 @@ class SharedPrefixDecoder(Decoder):
             name, reason = type(self.model).__name__, str(error).partition("\n")[0]
             warnings.warn(f"{name} is sampled without CUDA graphs, which is slower: {reason}", stacklevel=2)
             self.graphs = None
-            return self._pass(token)
+            return self._directly(token)
         return self.logits[:count]
 
     def _pass(self, token: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
@@ -443,7 +450,7 @@ def _fits_kernel(keys: Tensor, values: Tensor) -> bool:
     """Say whether there is a kernel for a layer with those keys and values."""
     dtype = _as_multiplied(keys).dtype
     alike = dtype == _as_multiplied(values).dtype and keys.shape == values.shape and keys.stride() == values.stride()
-    return alike and keys.stride(-1) == 1 and decode_attention.available(dtype, keys.device)
+    return alike and keys.stride(-1) == 1 and available(dtype, keys.device)
 
 
 def _as_multiplied(states: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from lightning_rlvr.models.attention import NotPlainError, attends_plainly
 from lightning_rlvr.models.memory import in_smaller_parts
 from lightning_rlvr.rollout.decoder import Decoder, DynamicDecoder, check_states
-from lightning_rlvr.rollout.sampling import draw, uniforms
+from lightning_rlvr.rollout.sampling import check_finite, draw, uniforms
 from lightning_rlvr.types import Engine, Rollouts, Sampling
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class TransformersEngine(Engine):
         device = self.model.device
         prompt_ids, prompt_mask = (x.to(device) for x in left_pad(prompts, self.pad_id))
         random = torch.cat([uniforms(seed, samples, sampling.max_new_tokens) for seed in seeds]).to(device)
+        self.eos_ids = self.eos_ids.to(device)
 
         def decode(rows: int) -> _Batch:
             batch = _Batch(prompt_ids, prompt_mask, samples, random, sampling)
@@ -111,12 +112,13 @@ class TransformersEngine(Engine):
                 logits = torch.cat([logits, first]) if len(row) else first
                 new = coming[:, None] * batch.samples + torch.arange(batch.samples, device=row.device)
                 row, length = torch.cat([row, new.flatten()]), torch.cat([length, torch.zeros_like(new).flatten()])
-            token = batch.sample(logits, row, length)
+            token, finite = batch.sample(logits, row, length)
             length = length + 1
             ended = self._ends(token, row, length)
             alive = ~ended & (length < batch.sampling.max_new_tokens)
             batch.truncated[row] = ~ended
-            flags = alive.tolist()
+            *flags, sound = torch.cat([alive, finite]).tolist()  # a GPU is waited for here alone
+            check_finite(sound)
             if not all(flags):
                 order = torch.tensor(decoder.keep(flags), dtype=torch.long, device=row.device)
                 row, length, token = row[order], length[order], token[order]
@@ -125,7 +127,7 @@ class TransformersEngine(Engine):
 
     def _ends(self, token: Int[Tensor, " R"], row: Int[Tensor, " R"], length: Int[Tensor, " R"]) -> Bool[Tensor, " R"]:
         """Say which responses end with this token; `row` is their place in the batch, `length` theirs so far."""
-        return torch.isin(token, self.eos_ids.to(token.device))
+        return torch.isin(token, self.eos_ids)
 
 
 class _Batch:
@@ -151,13 +153,15 @@ class _Batch:
         width = int(self.prompt_mask[prompts].sum(dim=1).max())
         return decoder.read(self.prompt_ids[prompts, -width:], self.prompt_mask[prompts, -width:], self.samples)
 
-    def sample(self, logits: Float[Tensor, "R V"], row: Int[Tensor, " R"], at: Int[Tensor, " R"]) -> Int[Tensor, " R"]:
-        """Draw and record the token of some rows at position `at`."""
-        drawn = draw(logits, self.random[row, at], self.sampling)
+    def sample(
+        self, logits: Float[Tensor, "R V"], row: Int[Tensor, " R"], at: Int[Tensor, " R"]
+    ) -> tuple[Int[Tensor, " R"], Bool[Tensor, " 1"]]:
+        """Draw and record the token of some rows at position `at`; return it, and whether all logits were finite."""
+        *drawn, finite = draw(logits, self.random[row, at], self.sampling)
         for out, values in zip((self.ids, self.logp, self.entropy), drawn, strict=True):
             out[row, at] = values.to(out.dtype)
         self.length[row] = at + 1
-        return drawn.token
+        return drawn[0], finite.all(dim=0, keepdim=True)
 
     def rollouts(self, pad_id: int, wide: torch.dtype) -> Rollouts:
         """Return all that was sampled."""

@@ -6,11 +6,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 from attention import attended, problem
-from packed import batch, built, gradients
+from packed import batch, built, gradients, unlike_a_fresh_one
 
 from lightning_rlvr.models.forward import response_logp, response_loss
 from lightning_rlvr.ops.linear_logprob import linear_logprob, linear_logprob_loss
 from lightning_rlvr.rollout import TransformersEngine, decode_attention, graphs
+from lightning_rlvr.rollout.llama_gpu import LlamaGpuStep
 from lightning_rlvr.types import Sampling
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -41,7 +42,7 @@ def model_of(device, dtype=torch.float32):
     return model.to(device, dtype)
 
 
-def generate(model, max_rows):
+def generate(model, max_rows=256):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*without CUDA graphs")
         return TransformersEngine(model, ENDS, 0, max_rows).generate(PROMPTS, SEEDS, 4, SAMPLING)
@@ -58,6 +59,32 @@ def test_graphs_sample_what_a_cpu_does(max_rows, monkeypatch):
     assert float(same.float().mean()) > 0.95, "rounding may turn a token"
     for name in ("logp", "entropy"):
         torch.testing.assert_close(getattr(got, name).cpu()[same], getattr(expected, name)[same], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_a_step_in_few_kernels_says_what_the_model_does(name, dtype, monkeypatch):
+    """Also after another step of the model's own, which it is compared with."""
+    stepped, call = [], LlamaGpuStep.__call__
+    monkeypatch.setattr(LlamaGpuStep, "__call__", lambda *args: stepped.append(1) or call(*args))
+    settings = {"sliding_window": None} if name == "Mistral" else {}
+    model = unlike_a_fresh_one(built(name, **settings)).to(
+        "cuda", torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    )
+    with torch.autocast("cuda", torch.bfloat16, enabled=dtype == "autocast", cache_enabled=False):
+        got, again = generate(model), generate(model)
+        assert len(stepped) > 4, "once by itself, then in graphs of several sizes"
+        assert torch.equal(got.response_ids, again.response_ids)
+        monkeypatch.setattr(LlamaGpuStep, "supports", lambda model: False)
+        expected = generate(model)
+    if dtype != "float32":  # a token that turns by rounding turns all that follow
+        first = (got.logp - expected.logp)[:, :2][(got.response_ids == expected.response_ids)[:, :2]]
+        assert float(first.abs().mean()) < 0.1
+        return
+    same = (got.response_ids == expected.response_ids).all(dim=1)
+    assert float(same.float().mean()) > 0.95
+    torch.testing.assert_close(got.logp[same], expected.logp[same], rtol=0, atol=1e-3)
+    torch.testing.assert_close(got.entropy[same], expected.entropy[same], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(("heads", "of_keys", "width"), [(4, 2, 64), (12, 2, 128), (6, 6, 80), (9, 3, 64)])

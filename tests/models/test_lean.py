@@ -151,7 +151,7 @@ def patched(backbone):
     return {name for name, part in backbone.named_modules() if "forward" in vars(part)}
 
 
-def test_layers_are_lean_within_a_pass_only():
+def test_layers_are_lean_within_a_pass_only(monkeypatch):
     backbone = llama().get_decoder()
     with lean_layers(backbone):
         assert patched(backbone) == set(find_lean(backbone))
@@ -160,6 +160,9 @@ def test_layers_are_lean_within_a_pass_only():
     assert not patched(backbone)
     with torch.no_grad(), lean_layers(backbone):
         assert not patched(backbone)
+    monkeypatch.setattr(lean, "available", lambda dtype, device: True)
+    with torch.no_grad(), lean_layers(backbone):
+        assert patched(backbone) == set(find_lean(backbone)), "kernels are faster without gradients too"
 
 
 @pytest.mark.parametrize("missing", [0, 1])

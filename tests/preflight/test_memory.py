@@ -17,7 +17,8 @@ from lightning_rlvr.ops.linear_logprob import linear_logprob_loss
 from lightning_rlvr.preflight.memory import Vocabulary, Work, estimate
 from lightning_rlvr.preflight.placement import Placement, placement
 from lightning_rlvr.preflight.trace import LiveBytes
-from lightning_rlvr.rollout import linear, llama_step
+from lightning_rlvr.rollout import linear, llama_gpu, llama_step
+from lightning_rlvr.rollout.llama_gpu import LlamaGpuStep, merged_bytes
 from lightning_rlvr.rollout.shared_prefix import SharedPrefixDecoder
 from lightning_rlvr.training import RLVRDataModule, RLVRModule
 from lightning_rlvr.types import Sampling, UserError
@@ -121,7 +122,7 @@ def test_rollouts_under_autocast_hold_rounded_weights_and_keys():
         for dtype in (None, torch.bfloat16)
     )
     count = sum(part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear))
-    assert (wide["prepared weights"], half["prepared weights"]) == (0, 2 * count)
+    assert (wide["prepared weights"], half["prepared weights"]) == (merged_bytes(model), 2 * count)
     assert half["keys and values"] * 2 == wide["keys and values"]
     sharded = Placement(accelerator=True, autocast=torch.bfloat16, world=2, weights=2)
     gathered = estimate(model, work, sharded, torch.optim.AdamW, False).moments["rollout"]
@@ -143,7 +144,6 @@ def test_rollouts_on_a_cpu_hold_packed_weights(monkeypatch):
     def said(**place):
         return estimate(model, small_work(), Placement(**place), torch.optim.AdamW, False).moments["rollout"]
 
-    assert said(accelerator=True)["prepared weights"] == 0
     packed, pack = 0, linear.packed
 
     def counted(weight):
@@ -159,6 +159,23 @@ def test_rollouts_on_a_cpu_hold_packed_weights(monkeypatch):
     assert packed == said()["prepared weights"] > 0
     monkeypatch.setattr(linear, "MOST_PACKED", 0)
     assert said()["prepared weights"] == 0, "too many to be held twice"
+
+
+def test_rollouts_on_a_gpu_hold_products_side_by_side(monkeypatch):
+    model = SmallPolicy().load().model
+    step = LlamaGpuStep(model, 24)
+    held = sum(
+        weight.nbytes for layer in step.layers for part in (layer.inputs, layer.inner) for weight in part.weights
+    )
+
+    def said(**place):
+        place = Placement(accelerator=True, **place)
+        return estimate(model, small_work(), place, torch.optim.AdamW, False).moments["rollout"]["prepared weights"]
+
+    assert said() == held > 0
+    assert said(world=2, weights=2) == 0
+    monkeypatch.setattr(llama_gpu, "MOST_MERGED", 0)
+    assert said() == 0
 
 
 def small_work():

@@ -35,9 +35,3 @@ def test_what_no_row_sees_is_not_looked_at():
         first = int(seen.prompt[:4][seen.group[:4] == group].min()) if (seen.group[:4] == group).any() else 70
         layer.prompt_keys[group, :, :first] = layer.prompt_values[group, :, :first] = torch.nan
     assert torch.equal(decode_attention.attend(query, layer, seen, SCALING), before)
-
-
-@pytest.mark.parametrize(("dtype", "there"), [("float32", True), ("bfloat16", True), ("float64", False)])
-def test_where_there_is_a_kernel(dtype, there):
-    assert decode_attention.available(getattr(torch, dtype), torch.device("cuda")) is there
-    assert not decode_attention.available(getattr(torch, dtype), torch.device("cpu"))

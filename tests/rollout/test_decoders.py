@@ -44,10 +44,10 @@ class Eager:
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The way of a GPU, with a loop for its kernel."""
+    """The way of a GPU through the model's own layers, with a loop for its kernel."""
     eager = Eager()
     monkeypatch.setattr(shared.Graphs, "of", lambda model: eager)
-    monkeypatch.setattr(decode_attention, "available", lambda dtype, device: True)
+    monkeypatch.setattr(shared, "available", lambda dtype, device: True)
     monkeypatch.setattr(decode_attention, "attend", attended)
     return eager
 

@@ -1,6 +1,6 @@
-"""Triton kernels. Imported only where they run: there may be no Triton elsewhere.
+"""A decoding step: its attention, and what stands between that and the products before.
 
-The attention of a decoding step: see rollout/decode_attention.py for what it computes.
+See rollout/decode_attention.py and rollout/llama_gpu.py for what they compute.
 """
 
 from __future__ import annotations
@@ -137,3 +137,96 @@ def decode_attention(
         num_warps=4,
         num_stages=stages,
     )
+
+
+@triton.jit
+def _turn_and_store(
+    heads,
+    query,
+    keys,
+    values,
+    cos,
+    sin,
+    position,
+    column,
+    query_norm,
+    key_norm,
+    query_epsilon,
+    key_epsilon,
+    of_row,
+    of_head,
+    of_column,
+    H,
+    K,
+    NORMED: tl.constexpr,
+    HALF: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    row, head, at = tl.program_id(0), tl.program_id(1), tl.arange(0, WIDE)
+    inside = at < HALF
+    source = heads + (row * (H + 2 * K) + head).to(tl.int64) * 2 * HALF + at
+    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    if head < H + K:
+        if NORMED:
+            square = (tl.sum(first * first, axis=0) + tl.sum(second * second, axis=0)) / (2 * HALF)
+            scale = tl.rsqrt(square + (query_epsilon if head < H else key_epsilon))
+            weight = (query_norm if head < H else key_norm) + at
+            first *= scale * tl.load(weight, mask=inside, other=0.0).to(tl.float32)
+            second *= scale * tl.load(weight + HALF, mask=inside, other=0.0).to(tl.float32)
+        angle = tl.load(position + row) * 2 * HALF + at
+        turned = first * tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
+        turned -= second * tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
+        second *= tl.load(cos + angle + HALF, mask=inside, other=0.0).to(tl.float32)
+        second += first * tl.load(sin + angle + HALF, mask=inside, other=0.0).to(tl.float32)
+        first = turned
+    if head < H:
+        target = query + (row * H + head).to(tl.int64) * 2 * HALF + at
+    else:
+        place = row.to(tl.int64) * of_row + ((head - H) % K) * of_head + tl.load(column) * of_column + at
+        target = (keys if head < H + K else values) + place
+    tl.store(target, first, mask=inside)
+    tl.store(target + HALF, second, mask=inside)
+
+
+def turn_and_store(
+    heads: Tensor,
+    own: tuple[Tensor, Tensor],
+    angles: tuple[Tensor, Tensor],
+    position: Tensor,
+    column: Tensor,
+    norms: Sequence[tuple[Tensor | None, float]],
+) -> Tensor:
+    """Turn queries and keys by the angles of their positions, and write keys and values in a column of their rows.
+
+    Args:
+        heads: queries, keys and values of each row, [R, H + 2 K, D], contiguous.
+        own: keys and values of responses, [S, K, T, D], the same in memory.
+        angles: cosines and sines by position, [P, D], contiguous.
+        position: [R], contiguous.
+        column: [1], where in T to write.
+        norms: weight [D] and epsilon of the queries' RMSNorm and of the keys', or None of both.
+
+    Returns: The queries, [R, H, D].
+    """
+    (rows, every, width), kinds = heads.shape, own[0].shape[1]
+    query = heads.new_empty(rows, every - 2 * kinds, width)
+    weights = [query if weight is None else weight for weight, _ in norms]
+    _turn_and_store[(rows, every)](
+        heads,
+        query,
+        *own,
+        *angles,
+        position,
+        column,
+        *weights,
+        *(epsilon for _, epsilon in norms),
+        *own[0].stride()[:3],
+        every - 2 * kinds,
+        kinds,
+        NORMED=norms[0][0] is not None,
+        HALF=width // 2,
+        WIDE=triton.next_power_of_2(width // 2),
+        num_warps=1,
+    )
+    return query

@@ -1,0 +1,12 @@
+"""Triton kernels: import their modules only where they are `available`, as there may be no Triton elsewhere."""
+
+from importlib.util import find_spec
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def available(dtype: torch.dtype, device: torch.device) -> bool:
+    """Say whether there are kernels for numbers of that dtype there. Sums are float32."""
+    return device.type == "cuda" and dtype in DTYPES and find_spec("triton") is not None
