@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_rlvr.kernels import launched_on
+
 GATED = 1024  # numbers of a row that a program takes
 PROGRAMS = 528  # that add up a weight's gradient: four for each multiprocessor of an H100
 
@@ -35,7 +37,8 @@ def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, epsilon: float, dtype:
     """Add y to x in place, if there is one; return the sum's RMSNorm, [N, E] as x, in the given dtype."""
     out = torch.empty_like(x, dtype=dtype)
     more = x if y is None else y
-    _norm[(len(x),)](x, more, weight, out, x, epsilon, x.shape[1], y is not None, False, _power(x.shape[1]))
+    with launched_on(x):
+        _norm[(len(x),)](x, more, weight, out, x, epsilon, x.shape[1], y is not None, False, _power(x.shape[1]))
     return out
 
 
@@ -43,7 +46,8 @@ def norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Return an RMSNorm of x [N, E], contiguous, and 1 / sqrt(mean(x^2) + epsilon) of each row [N], float32."""
     out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
     scale = x.new_empty(len(x), dtype=torch.float32)
-    _norm[(len(x),)](x, x, weight, out, scale, epsilon, x.shape[1], False, True, _power(x.shape[1]))
+    with launched_on(x):
+        _norm[(len(x),)](x, x, weight, out, scale, epsilon, x.shape[1], False, True, _power(x.shape[1]))
     return out, scale
 
 
@@ -75,7 +79,8 @@ def norm_pull(
     programs = min(rows, PROGRAMS)
     of_x = torch.empty_like(x)
     parts = scale.new_empty(programs if weight_needed else 1, width)
-    _norm_pull[(programs,)](pull, x, weight, scale, of_x, parts, rows, width, weight_needed, _power(width))
+    with launched_on(x):
+        _norm_pull[(programs,)](pull, x, weight, scale, of_x, parts, rows, width, weight_needed, _power(width))
     return of_x, parts.sum(dim=0).to(weight.dtype) if weight_needed else None
 
 
@@ -98,7 +103,8 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up, [N, F], of both, whose rows are alike in memory and contiguous in themselves."""
     rows, width = gate.shape
     out = gate.new_empty(rows, width)
-    _gated[(rows, triton.cdiv(width, GATED))](gate, up, out, gate.stride(0), width, BLOCK=GATED)
+    with launched_on(gate):
+        _gated[(rows, triton.cdiv(width, GATED))](gate, up, out, gate.stride(0), width, BLOCK=GATED)
     return out
 
 
@@ -118,5 +124,6 @@ def gated_pull(pull: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of gate and up from that of `gated`; all are [N, F] and contiguous."""
     rows, width = gate.shape
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
-    _gated_pull[(rows, triton.cdiv(width, GATED))](pull, gate, up, of_gate, of_up, width, BLOCK=GATED)
+    with launched_on(gate):
+        _gated_pull[(rows, triton.cdiv(width, GATED))](pull, gate, up, of_gate, of_up, width, BLOCK=GATED)
     return of_gate, of_up

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_rlvr.kernels import launched_on
+
 BLOCK = 4096  # of the vocabulary, at a time
 FLOOR = -1e4  # for the log-probability -inf beside p = 0, with which it makes 0
 
@@ -38,7 +40,8 @@ def values(logits: Tensor, target: Tensor, temperature: float, with_entropy: boo
     Logits are float32 and contiguous; they are divided by the temperature.
     """
     (rows, vocabulary), out = logits.shape, logits.new_empty(3, len(logits))
-    _values[(rows,)](logits, target, *out, vocabulary, 1.0 / temperature, with_entropy, BLOCK, num_warps=8)
+    with launched_on(logits):
+        _values[(rows,)](logits, target, *out, vocabulary, 1.0 / temperature, with_entropy, BLOCK, num_warps=8)
     logp, entropy, total = out
     return logp, entropy, total
 
@@ -87,18 +90,19 @@ def gradient(
     rows, vocabulary = logits.shape
     asked = entropy is not None and pull_entropy is not None
     of = (entropy, pull_entropy) if asked else (total, total)
-    _gradient[(rows, triton.cdiv(vocabulary, BLOCK))](
-        logits,
-        target,
-        of[0],
-        total,
-        pull_logp,
-        of[1],
-        out,
-        vocabulary,
-        1.0 / temperature,
-        FLOOR,
-        asked,
-        BLOCK,
-        num_warps=8,
-    )
+    with launched_on(logits):
+        _gradient[(rows, triton.cdiv(vocabulary, BLOCK))](
+            logits,
+            target,
+            of[0],
+            total,
+            pull_logp,
+            of[1],
+            out,
+            vocabulary,
+            1.0 / temperature,
+            FLOOR,
+            asked,
+            BLOCK,
+            num_warps=8,
+        )

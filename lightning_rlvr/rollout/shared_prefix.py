@@ -7,7 +7,8 @@ a ring of as many columns as a response can have tokens, in which all rows write
 the kernel below it has few columns at first, and gets more: memory is read three times as fast without gaps in it.
 
 On a GPU both products and the softmax are one kernel, see decode_attention.py, and a step is a CUDA graph, see
-graphs.py. It has places for some more rows than there are, which see nothing.
+graphs.py. It has places for some more rows than there are, which see nothing. Where a model's layers are known, a step
+is done in few calls (llama_step.py) or kernels (llama_gpu.py), after a comparison with its own.
 """
 
 from __future__ import annotations
