@@ -23,9 +23,28 @@ def close(got, wanted, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "there"), [("float32", True), ("bfloat16", True), ("float64", False)])
-def test_where_there_are_kernels(dtype, there):
+def test_where_there_are_kernels(dtype, there, monkeypatch):
+    monkeypatch.setattr(kernels, "_run", lambda dtype, device: True)
     assert kernels.available(getattr(torch, dtype), torch.device("cuda")) is there
     assert not kernels.available(getattr(torch, dtype), torch.device("cpu"))
+
+
+def test_where_triton_cannot_run_them_torch_does_and_that_is_said_once(monkeypatch, recwarn):
+    from lightning_rlvr.kernels import layers
+
+    def fail(gate, up):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+
+    kernels._run.cache_clear()
+    cpu = torch.device("cpu")
+    assert kernels._run(torch.float32, cpu)
+    monkeypatch.setattr(layers, "gated", fail)
+    with pytest.warns(UserWarning, match=r"bfloat16 on cpu, so torch.*slower: Failed to find C compiler\. It needs"):
+        assert not kernels._run(torch.bfloat16, cpu)
+    assert not kernels._run(torch.bfloat16, cpu)
+    assert kernels._run(torch.float32, cpu), "found out once"
+    assert not [w for w in recwarn if "compiler" in str(w.message)]
+    kernels._run.cache_clear()
 
 
 @pytest.mark.parametrize("size", SIZES)
