@@ -1,6 +1,6 @@
 """The vocabulary head between its products: logits are read once for their values, and once for their gradient.
 
-See ops/linear_logprob.py for what is computed.
+See ops/linear_logprob.py for what is computed, and ops/vocabulary.py.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from lightning_rlvr.models.attention import attends_plainly
 from lightning_rlvr.models.forward import joins
 from lightning_rlvr.models.lora import adapted
 from lightning_rlvr.models.packing import parts_of
-from lightning_rlvr.ops.linear_logprob import ACCELERATOR_BYTES, CPU_BYTES
+from lightning_rlvr.ops.vocabulary import ACCELERATOR_BYTES, CPU_BYTES
 from lightning_rlvr.preflight.trace import optimizer_step, prompt_pass, update_pass
 from lightning_rlvr.rollout.linear import packs_weights
 from lightning_rlvr.rollout.llama_gpu import merged_bytes
@@ -157,7 +157,7 @@ def trained_bytes(model: PreTrainedModel) -> int:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The head over a vocabulary: see ops.linear_logprob and rollout.sampling for what each holds."""
+    """The head over a vocabulary: see ops.vocabulary and rollout.sampling for what each holds."""
 
     size: int
     hidden: int

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lightning_rlvr.ops import linear_logprob as head
+from lightning_rlvr.ops import vocabulary
+from lightning_rlvr.ops.linear_logprob import linear_logprob, linear_logprob_loss
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 LENGTHS = [10, 0, 20, 7]
@@ -31,9 +32,9 @@ def of(one_pass, temperature, biased, with_entropy, infinite=False):
     given = {"temperature": temperature, "bias": bias if biased else None, "with_entropy": with_entropy}
     given["chunk_bytes"] = 12 * V * 4
     if one_pass:
-        loss, values = head.linear_logprob_loss(*inputs[:2], target, torch.tensor(LENGTHS), loss_of, **given)
+        loss, values = linear_logprob_loss(*inputs[:2], target, torch.tensor(LENGTHS), loss_of, **given)
     else:
-        values = head.linear_logprob(*inputs[:2], target, **given)
+        values = linear_logprob(*inputs[:2], target, **given)
         loss = (values.logp * pulls[0]).sum() + (0 if values.entropy is None else (values.entropy * pulls[1]).sum())
     return [x.detach() for x in values if x is not None], torch.autograd.grad(loss, inputs)
 
@@ -43,7 +44,7 @@ def of(one_pass, temperature, biased, with_entropy, infinite=False):
 @pytest.mark.parametrize("kind", [(False, True), (True, True), (True, False), (True, True, True)], ids=str)
 def test_values_and_gradients_are_the_same(one_pass, temperature, kind, monkeypatch):
     (wanted, of_wanted), (got, of_got) = (
-        monkeypatch.setattr(head, "available", lambda dtype, device, there=there: there)
+        monkeypatch.setattr(vocabulary, "available", lambda dtype, device, there=there: there)
         or of(one_pass, temperature, *kind)
         for there in (False, True)
     )
