@@ -30,6 +30,7 @@ SHARED = {
     "mistral": {**GROUPED, "sliding_window": None},
     "gpt_neox": SMALL,
 }
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 OTHERS = {
     "mistral": {**GROUPED, "sliding_window": WINDOW},
     "gemma3_text": {**GROUPED, "sliding_window": WINDOW, "head_dim": 8},
@@ -54,6 +55,10 @@ def build(name, kind="shared", dtype=torch.float64, attention="sdpa", **changes)
         for weight in model.parameters():
             weight.mul_(4 if weight.dim() > 1 else 1)
     return model.to(dtype).eval()
+
+
+def hooked(model):
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
 
 
 def generate(model, samples=3, sampling=SAMPLING, prompts=PROMPTS, seeds=SEEDS, ends=ENDS, **kwargs):

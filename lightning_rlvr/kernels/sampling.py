@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_rlvr.kernels import launched_on
+
 MANY = 16  # chunks that a program takes
 
 
@@ -38,7 +40,8 @@ def chunks(logits: Tensor, temperature: float, size: int) -> tuple[Tensor, Tenso
     (rows, vocabulary), count = logits.shape, -(-logits.shape[1] // size)
     greatest, sums, tilts = logits.new_empty(3, rows, count, dtype=torch.float32)
     grid = (rows, triton.cdiv(count, MANY))
-    _chunks[grid](
-        logits, greatest, sums, tilts, vocabulary, count, logits.stride(0), 1.0 / temperature, MANY=MANY, CHUNK=size
-    )
+    with launched_on(logits):
+        _chunks[grid](
+            logits, greatest, sums, tilts, vocabulary, count, logits.stride(0), 1.0 / temperature, MANY=MANY, CHUNK=size
+        )
     return greatest, sums, tilts

@@ -116,7 +116,7 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.kernels:
             from lightning_rlvr.kernels import layers
 
-            y, scale = layers.norm(x.flatten(0, -2).contiguous(), weight, epsilon)
+            y, scale = layers.norm(_flat(x), weight, epsilon)
             ctx.save_for_backward(x, weight, scale)
             return y.view(x.shape)
         wide = x.to(torch.float32)
@@ -133,8 +133,7 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.kernels:
             from lightning_rlvr.kernels import layers
 
-            pull, flat = (part.flatten(0, -2).contiguous() for part in (gradient, x))
-            of_x, of_weight = layers.norm_pull(pull, flat, weight, scale, ctx.needs_input_grad[1])
+            of_x, of_weight = layers.norm_pull(_flat(gradient), _flat(x), weight, scale, ctx.needs_input_grad[1])
             return of_x.view(x.shape), of_weight, None
         with torch.autocast(x.device.type, enabled=False):
             wide, flat, pull = (part.float().flatten(0, -2) for part in (x, scale, gradient))
@@ -188,14 +187,10 @@ class _Gated(torch.autograd.Function):
         if _by_kernel(ctx.act, gate, up):
             from lightning_rlvr.kernels import layers
 
-            flat = (part.flatten(0, -2).contiguous() for part in (gradient, gate, up))
-            of_gate, of_up = layers.gated_pull(*flat)
+            of_gate, of_up = layers.gated_pull(*map(_flat, (gradient, gate, up)))
             return None, of_gate.view(gate.shape), of_up.view(gate.shape)
-        with torch.enable_grad():
-            gate = gate.detach().requires_grad_()
-            activated = ctx.act(gate)
-        (of_gate,) = torch.autograd.grad(activated, gate, gradient * up)
-        return None, of_gate, gradient * activated.detach()
+        activated, of_gate = activation_pull(ctx.act, gate, gradient * up)
+        return None, of_gate, gradient * activated
 
 
 def gated(act: Callable[[Tensor], Tensor], gate: Float[Tensor, "N F"], up: Float[Tensor, "N F"]) -> Tensor:
@@ -203,14 +198,30 @@ def gated(act: Callable[[Tensor], Tensor], gate: Float[Tensor, "N F"], up: Float
     if _by_kernel(act, gate, up):
         from lightning_rlvr.kernels import layers
 
-        return layers.gated(*(part.flatten(0, -2).contiguous() for part in (gate, up))).view(gate.shape)
+        return layers.gated(_flat(gate), _flat(up)).view(gate.shape)
     activated = act(gate)
     return activated.mul_(up) if activated.dtype == up.dtype and activated is not gate else activated * up
+
+
+def activation_pull(
+    act: Callable[[Tensor], Tensor], x: Float[Tensor, "*N F"], pull: Float[Tensor, "*N F"]
+) -> tuple[Float[Tensor, "*N F"], Float[Tensor, "*N F"]]:
+    """Return act(x), and the gradient of x from that of act(x)."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        activated = act(leaf)
+    (of_x,) = torch.autograd.grad(activated, leaf, pull)
+    return activated.detach(), of_x
 
 
 def is_silu(act: Any) -> bool:
     """Say whether an activation is x sigmoid(x)."""
     return type(act).__name__ in ("SiLU", "SiLUActivation")
+
+
+def _flat(x: Float[Tensor, "*N F"]) -> Float[Tensor, "M F"]:
+    """Return rows as kernels take them."""
+    return x.flatten(0, -2).contiguous()
 
 
 def _by_kernel(act: Any, gate: Tensor, up: Tensor) -> bool:

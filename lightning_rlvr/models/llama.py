@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from lightning_rlvr.models.lean import gated, rms_norm, rms_norm_pull
+from lightning_rlvr.models.lean import activation_pull, gated, rms_norm, rms_norm_pull
 
 FAMILY = ("Llama", "Mistral", "Qwen2", "Qwen3")
 WIDE = (torch.float32, torch.float64)
@@ -203,11 +203,7 @@ class _After(torch.autograd.Function):
         x, y, scale, norm, output, gate, up, down, of_gate, of_up = ctx.saved_tensors
         needed = ctx.needs_input_grad[4:]
         inner = pull @ down
-        with torch.enable_grad():
-            leaf = of_gate.detach().requires_grad_()
-            activated = ctx.act(leaf)
-        (pull_gate,) = torch.autograd.grad(activated, leaf, inner * of_up)
-        activated = activated.detach()
+        activated, pull_gate = activation_pull(ctx.act, of_gate, inner * of_up)
         of_down = _product_pull(pull, activated * of_up, needed[4])
         pull_up = inner.mul_(activated)
         of_normed = (pull_gate @ gate).addmm_(pull_up, up)

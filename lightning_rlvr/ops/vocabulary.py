@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_rlvr.kernels import available
+from lightning_rlvr.ops import onednn
 
 # Logits held at a time. On an accelerator products must be large to be fast; neither size is sensitive to a factor 2.
 CPU_BYTES, ACCELERATOR_BYTES = 96 * 2**20, 2**30
@@ -117,7 +118,7 @@ class Head:
         if self.onednn:
             self.buffer = self.buffer.new_empty(0)  # lets go of what it held
             more = min(-len(hidden) % ROWS, self.chunk - len(hidden))
-            self.buffer = _pointwise(pad(hidden, (0, 0, 0, more)), self.matrix, self.bias)
+            self.buffer = onednn.linear(pad(hidden, (0, 0, 0, more)), self.matrix, self.bias)
             return self.buffer[: len(hidden)]
         logits = self.buffer[: len(hidden)]
         if self.bias is not None:
@@ -128,7 +129,7 @@ class Head:
     def pull_hidden(self, factor: Tensor, out: Tensor) -> None:
         """Fill `out` with the gradient of the inputs from that of the logits, in the factors' dtype."""
         if self.onednn:
-            out.copy_(_pointwise(self.buffer, self.matrix.t())[: len(out)])  # where `factor` stands
+            out.copy_(onednn.linear(self.buffer, self.matrix.t())[: len(out)])  # where `factor` stands
         else:
             _add_product(out, factor, self.matrix, keep=False)
 
@@ -207,11 +208,6 @@ class Sums:
 
 def _cut(start: int, stop: int, size: int) -> list[slice]:
     return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
-
-
-def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return y
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, keep: bool = True) -> None:

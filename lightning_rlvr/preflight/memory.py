@@ -170,10 +170,10 @@ class Vocabulary:
         most = ACCELERATOR_BYTES if self.place.accelerator else CPU_BYTES
         buffer = min(max(1, most // (4 * self.size)), tokens) * self.size * 4
         factors = 2 if self.place.autocast is not None else self.weight_bytes
-        # Of what the buffer holds; by kernels nothing but the gradient in the factors' dtype, where that is another.
-        copies = buffer * factors // 4 if gradient and factors < 4 else 0
-        if factors > 4:
+        if factors > 4:  # of what the buffer holds
             copies = 3 * buffer if with_entropy else (1 + (temperature != 1.0)) * buffer
+        else:  # by kernels nothing but the gradient in the factors' dtype, where that is another
+            copies = buffer * factors // 4 if gradient and factors < 4 else 0
         matrix = 0
         if self.place.autocast is not None:  # rounded, and on a CPU widened again
             matrix = self.size * self.hidden * (2 if self.place.accelerator else 6)

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 from torch.overrides import TorchFunctionMode
 
+from lightning_rlvr.ops import onednn
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -79,5 +81,4 @@ def multiplied(x: Float[Tensor, "*N E"], ready: Tensor, bias: Tensor | None = No
     whole, more = x.reshape(rows, -1), -rows % ROWS
     if more:
         whole = pad(whole, (0, 0, 0, more))
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(whole, ready, bias, "none", [], "")
-    return y[:rows].view(*x.shape[:-1], -1)
+    return onednn.linear(whole, ready, bias)[:rows].view(*x.shape[:-1], -1)

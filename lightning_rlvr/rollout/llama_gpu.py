@@ -75,8 +75,7 @@ def merged_bytes(model: PreTrainedModel) -> int:
 
 
 def _is_gated_llama(model: PreTrainedModel) -> bool:
-    alike = all(weight.dtype == model.dtype for weight in model.parameters())
-    return alike and is_plain_llama(model) and all(is_silu(layer.mlp.act_fn) for layer in model.get_decoder().layers)
+    return is_plain_llama(model) and all(is_silu(layer.mlp.act_fn) for layer in model.get_decoder().layers)
 
 
 def _merges(model: PreTrainedModel) -> bool:

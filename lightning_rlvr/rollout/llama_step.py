@@ -49,9 +49,7 @@ class LlamaStep:
     def supports(model: PreTrainedModel) -> bool:
         """Say whether a model is of the family, with layers of its own class in float32, and on a CPU."""
         kind = model.device.type
-        if torch.is_autocast_enabled(kind) or not packs_weights(model, kind) or not is_plain_llama(model):
-            return False
-        return all(weight.dtype == torch.float32 for weight in model.parameters())
+        return not torch.is_autocast_enabled(kind) and packs_weights(model, kind) and is_plain_llama(model)
 
     def __call__(
         self, token: Int[Tensor, " R"], position: Int[Tensor, " R"], caches: Sequence[SharedPrefixLayer]
@@ -65,13 +63,14 @@ class LlamaStep:
 
 
 def is_plain_llama(model: PreTrainedModel) -> bool:
-    """Say whether a model is of the family, all of its parts are as their classes say, and so are its angles."""
+    """Say whether a model is of the family, with parts and angles as their classes say and weights of one dtype."""
     if type(model).__name__ not in {f"{name}ForCausalLM" for name in FAMILY} or not is_untouched(model.get_decoder()):
         return False
     by_length = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type") in BY_LENGTH
     head = model.get_output_embeddings()
     plain = type(head) is nn.Linear and is_unhooked(head) and is_unhooked(model)
-    return plain and not by_length and not sharded(model)
+    alike = all(weight.dtype == model.dtype for weight in model.parameters())
+    return plain and alike and not by_length and not sharded(model)
 
 
 class _Layer:

@@ -6,7 +6,7 @@ That a GPU can run it is in tests/gpu.
 import pytest
 import torch
 from attention import attended
-from decoding import PROMPTS, SEEDS, SHARED, build, generate
+from decoding import FAMILY, PROMPTS, SEEDS, SHARED, build, generate, hooked
 from packed import LLAMA3_ANGLES, unlike_a_fresh_one
 
 from lightning_rlvr.models.llama import rotated, signed
@@ -17,7 +17,6 @@ from lightning_rlvr.rollout.llama_step import LlamaStep
 from lightning_rlvr.types import Sampling
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
-NAMES = ("llama", "mistral", "qwen2", "qwen3")
 VARIANTS = {
     "untied": {"tie_word_embeddings": False},
     "biased": {"attention_bias": True, "mlp_bias": True},
@@ -57,7 +56,7 @@ def assert_same_as_the_models(model, steps, monkeypatch, **kwargs):
 
 
 @pytest.mark.parametrize("merged", [True, False])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILY)
 def test_each_of_the_family(name, merged, steps, monkeypatch):
     if not merged:
         monkeypatch.setattr(llama_gpu, "MOST_MERGED", 0)
@@ -118,10 +117,6 @@ def test_heads_are_turned_and_stored(sizes, norms):
         assert not stored.any(), "nothing else is written"
 
 
-def hooked(model):
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
-
-
 CHANGES = {
     "hook": hooked,
     "float64": lambda model: model.double(),
@@ -138,7 +133,7 @@ def test_what_is_not_as_its_class_says_is_left_to_the_model(change, steps):
 
 
 def test_other_families_and_gates_are_left_to_the_model(steps):
-    assert {name for name in SHARED if LlamaGpuStep.supports(made(name))} == set(NAMES)
+    assert {name for name in SHARED if LlamaGpuStep.supports(made(name))} == set(FAMILY)
     assert not LlamaGpuStep.supports(made(hidden_act="gelu"))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from decoding import SHARED, build, generate
+from decoding import FAMILY, SHARED, build, generate, hooked
 from packed import LLAMA3_ANGLES, unlike_a_fresh_one
 from torch import nn
 
@@ -12,7 +12,6 @@ from lightning_rlvr.rollout import shared_prefix as shared
 from lightning_rlvr.rollout.llama_step import LlamaStep
 from lightning_rlvr.types import Sampling
 
-NAMES = ("llama", "mistral", "qwen2", "qwen3")
 VARIANTS = {
     "untied": {"tie_word_embeddings": False},
     "biased": {"attention_bias": True},
@@ -57,7 +56,7 @@ def assert_same_as_the_models(model, monkeypatch, **kwargs):
 
 
 @pytest.mark.parametrize("max_rows", [256, 7])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILY)
 def test_each_of_the_family(name, max_rows, steps, monkeypatch):
     assert_same_as_the_models(made(name), monkeypatch, max_rows=max_rows)
     assert steps["few"] > 1
@@ -102,10 +101,6 @@ def test_weights_are_those_of_the_rollout(steps):
     assert steps["model"] == 2
 
 
-def hooked(model):
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
-
-
 def replaced(model):
     model.model.layers[0].mlp.up_proj = nn.Sequential(model.model.layers[0].mlp.up_proj)
 
@@ -140,7 +135,7 @@ def test_what_is_not_as_its_class_says_is_left_to_the_model(change):
 
 
 def test_other_families_are_left_to_the_model():
-    assert {name for name in SHARED if LlamaStep.supports(made(name))} == set(NAMES)
+    assert {name for name in SHARED if LlamaStep.supports(made(name))} == set(FAMILY)
 
 
 def test_angles_that_follow_the_length_are_left_to_the_model():
